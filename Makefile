@@ -1,0 +1,46 @@
+# Every target sets up what it needs first, from Python 3.11+ and nothing else; once that is done it costs 0.1 s.
+#   make run            a running endpoint on this machine      make lint    formatting, types, import rules
+#   make test           all tests     make test-fast  seconds   make lock    write the lock files anew
+# VENV=path uses another virtual environment, PYTHON=path another interpreter, PYTEST_ARGS='-k router -x' picks tests.
+VENV ?= .venv
+export VENV
+
+# A folder of tests that is not named here is fast: it cannot be forgotten.
+SLOW := tests/integration tests/multiregion tests/chaos tests/e2e
+SLOW_TESTS = $(sort $(shell find $(SLOW) -name 'test_*.py' 2>/dev/null))
+PYTEST = $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+.NOTPARALLEL:
+.PHONY: run test test-fast test-slow setup lint format lock clean
+
+run:
+	@scripts/bootstrap.sh run
+	@$(VENV)/bin/nearfield up
+
+test: test-fast test-slow
+
+test-fast: setup
+	$(PYTEST) tests $(addprefix --ignore=,$(SLOW))
+
+test-slow: setup
+	$(if $(SLOW_TESTS),$(PYTEST) $(SLOW_TESTS),@echo 'no tests under $(SLOW)')
+
+setup:
+	@scripts/bootstrap.sh test
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m mypy
+	$(VENV)/bin/lint-imports --no-cache
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# make lock UPGRADE=--upgrade moves every version to its newest.
+lock: setup
+	scripts/lock.sh $(UPGRADE)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .coverage htmlcov

@@ -1,0 +1,4 @@
+"""The gateway: the process that clients reach.
+
+It authenticates, admits, chooses an endpoint and forwards.
+"""

@@ -1,0 +1,1 @@
+"""Wire formats (OpenAI, Open Inference Protocol) and the one neutral request they all become."""

@@ -1,0 +1,1 @@
+"""Training: for now, how the built-in quickstart model is made."""

@@ -24,7 +24,7 @@ from nearfield.api.events import (
     TensorRequest,
 )
 from nearfield.api.json_body import load_json
-from nearfield.core.errors import BadRequest, NearfieldError
+from nearfield.core.errors import BadRequest, NearfieldError, UpstreamFailed
 from numpy.typing import NDArray
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -434,6 +434,56 @@ def _to_json(array: NDArray[Any], datatype: str) -> list[Any]:
         # JSON has no NaN or Infinity: null says that there is no number.
         flat = [value if math.isfinite(value) else None for value in flat]
     return flat
+
+
+# ---- the client's side: for upstreams ---------------------------------------------------------
+
+
+def render_request(request: TensorRequest) -> tuple[bytes, int]:
+    """(body, length of its JSON part) of an `infer` call, all tensors binary."""
+    tail: list[bytes] = []
+    inputs: list[dict[str, Any]] = []
+    for name, array in request.inputs.items():
+        datatype = next(key for key, dtype in DTYPES.items() if dtype == array.dtype)
+        raw = to_binary(array, datatype)
+        tail.append(raw)
+        parameters = {"binary_data_size": len(raw)}
+        described = {"name": name, "datatype": datatype, "shape": list(array.shape)}
+        inputs.append(described | {"parameters": parameters})
+    document: dict[str, Any] = {"inputs": inputs, "parameters": {"binary_data_output": True}}
+    if request.outputs:
+        wanted = {"binary_data": True}
+        document["outputs"] = [{"name": n, "parameters": wanted} for n in request.outputs]
+    head = json.dumps(document).encode()
+    return b"".join([head, *tail]), len(head)
+
+
+def parse_response(body: bytes, header_length: int | None) -> dict[str, NDArray[Any]]:
+    """The outputs of an `infer` answer by name.
+
+    Raises:
+        UpstreamFailed: it is not one.
+    """
+    try:
+        document = _object(load_json(body[:header_length]), "The answer")
+        binary = _Binary(memoryview(body)[header_length or len(body) :])
+        arrays: dict[str, NDArray[Any]] = {}
+        for index, item in enumerate(_list(document.get("outputs"), "outputs")):
+            where = f"outputs[{index}]"
+            tensor = _object(item, where)
+            datatype = str(tensor.get("datatype"))
+            if datatype not in DTYPES:
+                raise BadRequest(f"{where}: unknown datatype {datatype[:32]}.")
+            shape, size = _shape(tensor.get("shape"), where, MAX_ELEMENTS)
+            length = _parameters(tensor, where).get("binary_data_size")
+            if length is None:
+                array = _from_json(tensor.get("data"), datatype, shape, size, where)
+            else:
+                array = _from_binary(binary.take(length, where), datatype, size, where)
+            arrays[_name(tensor, where)] = array.reshape(shape)
+        return arrays
+    except BadRequest as error:
+        raise UpstreamFailed(f"Upstream's answer cannot be read: {error.message}") from error
 
 
 # ---- metadata and health -----------------------------------------------------------------------

@@ -218,21 +218,30 @@ def accuracy(
 
 
 def train(*, steps: int, tokens: int, learning_rate: float, seed: int) -> tuple[Any, Any]:
-    """Train from random weights: (model, tokenizer). AdamW; the rate is constant for half of
-    the steps and then falls linearly."""
+    """Train from random weights: (model, tokenizer).
+
+    Muon (K. Jordan et al., 2024) for the layers' matrices, AdamW for the rest; the rate is
+    constant for half of the steps and then falls linearly.
+    """
     import torch
     import torch.nn.functional as F
 
     torch.manual_seed(seed)
     tokenizer, model = make_tokenizer(), make_model()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05
-    )
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    known = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in known]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(
+            matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
     started_s, losses = time.monotonic(), 0.0
     stream = batches(Encoder(tokenizer), seed, tokens)
     for step in range(1, steps + 1):
         rate = learning_rate * min(1.0, step / 100, 0.02 + 2 * (1 - step / steps))
-        for group in optimizer.param_groups:
+        for group in [group for o in optimizers for group in o.param_groups]:
             group["lr"] = rate
         inputs, targets = next(stream)
         with torch.autocast("cpu", torch.bfloat16):
@@ -240,10 +249,12 @@ def train(*, steps: int, tokens: int, learning_rate: float, seed: int) -> tuple[
             learned = targets[:, 1:] != -100
             logits = F.linear(hidden[:, :-1][learned], model.lm_head.weight)
         loss = F.cross_entropy(logits.float(), targets[:, 1:][learned])
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         losses += loss.item()
         if step % 50 == 0:
             spent_s = time.monotonic() - started_s

@@ -17,6 +17,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,7 +37,7 @@ from nearfield.api.events import (
     Text,
     Timings,
 )
-from nearfield.core.errors import BadRequest, EngineFailed, NearfieldError
+from nearfield.core.errors import BadRequest, DeadlineExceeded, EngineFailed, NearfieldError
 from nearfield.core.spec import ModelSpec
 from numpy.typing import NDArray
 
@@ -174,6 +175,9 @@ class FunctionEngine(Engine):
         self._emit = context.emit
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._loop = asyncio.new_event_loop()
+        # The loop's own default has room for only a few more threads than there are CPUs.
+        workers = ThreadPoolExecutor(context.spec.limits.max_running, thread_name_prefix="engine")
+        self._loop.set_default_executor(workers)
         threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()
         methods: dict[Task, str] = {"generate": "generate", "embed": "embed", "tensor": "infer"}
         tasks = frozenset(t for t, m in methods.items() if callable(getattr(self, m, None)))
@@ -183,6 +187,7 @@ class FunctionEngine(Engine):
             raise BadRequest(f"{type(self).__name__} defines embed but not dimensions")
         if "tensor" in tasks and not (self.inputs and self.outputs):
             raise BadRequest(f"{type(self).__name__} defines infer but not inputs and outputs")
+        self._abilities = tasks
         self.setup(context)
         return Capabilities(
             tasks=tasks,
@@ -216,8 +221,18 @@ class FunctionEngine(Engine):
 
     async def _answer(self, request_id: str, request: Request) -> None:
         started_s = time.monotonic()
+        deadline_s = request.deadline_s
+        left_s = None if deadline_s is None else deadline_s - started_s
         try:
-            event = await self._call(request_id, request, started_s)
+            if request.task not in self._abilities:
+                does = ", ".join(sorted(self._abilities))
+                raise BadRequest(f"This model does {does}; it does not {request.task}.")
+            if left_s is not None and left_s <= 0:
+                raise TimeoutError
+            async with asyncio.timeout(left_s):
+                event = await self._call(request_id, request, started_s)
+        except TimeoutError:
+            event = Failed(DeadlineExceeded("The request's deadline passed before its answer."))
         except NearfieldError as error:
             event = Failed(error)
         except Exception:

@@ -141,11 +141,8 @@ def parse_infer(
         raise BadRequest(f"Missing inputs: {', '.join(missing)}.", param="inputs")
     binary.all_taken()
     wanted, as_binary = _outputs(document, {tensor.name for tensor in outputs})
-    identity = document.get("id")
-    if identity is not None and not isinstance(identity, str):
-        raise BadRequest("id must be a string.", param="id")
     return InferCall(
-        identity,
+        _identity(document),
         arrays,
         wanted,
         parameters,
@@ -589,6 +586,7 @@ def parse_generate(body: bytes, *, chat: bool) -> GenerateRequest:
     """
     document = _object(load_json(body), "The body")
     _known(document, {"text_input", "parameters", "id"}, "")
+    _identity(document)
     text = document.get(TEXT_INPUT)
     if not isinstance(text, str):
         raise BadRequest("text_input must be a string.", param=TEXT_INPUT)
@@ -674,6 +672,13 @@ def _known(document: Mapping[str, Any], fields: set[str], where: str) -> None:
         if name not in fields:
             param = (f"{where}.{name}" if where else name)[:200]
             raise BadRequest(f"Unknown field {param}.", param=param, code="unknown_parameter")
+
+
+def _identity(document: Mapping[str, Any]) -> str | None:
+    identity = document.get("id")
+    if identity is not None and not isinstance(identity, str):
+        raise BadRequest("id must be a string.", param="id")
+    return identity
 
 
 def _parameters(document: Mapping[str, Any], param: str) -> dict[str, Any]:

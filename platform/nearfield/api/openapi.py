@@ -22,6 +22,16 @@ _ANSWERS = (
     types.ErrorResponse,
 )
 
+_EVENTS: Json = {
+    "text/event-stream": {
+        # one server-sent event; `data` is JSON, or OpenAI's closing [DONE]
+        "schema": {
+            "type": "object",
+            "required": ["data"],
+            "properties": {"data": {"type": "string"}},
+        }
+    }
+}
 _PROBLEMS = {
     "400": "The request is wrong; the error names the field and the remedy.",
     "404": "There is no such model here.",
@@ -261,7 +271,7 @@ def _health(summary: str, statuses: Sequence[str] = (), parameters: Sequence[Jso
 def _post(summary: str, body: str, answer: str, *, stream: bool = True) -> Json:
     content = _json(_ref(answer))
     if stream:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content |= _EVENTS
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": _json(_ref(body))},
@@ -273,7 +283,6 @@ def _post(summary: str, body: str, answer: str, *, stream: bool = True) -> Json:
 
 
 def _oip_post(summary: str, body: str, answer: str | None, parameters: Sequence[Json]) -> Json:
-    content = {"text/event-stream": {"schema": {"type": "string"}}}
     return {
         "summary": summary,
         "parameters": list(parameters),
@@ -281,7 +290,7 @@ def _oip_post(summary: str, body: str, answer: str | None, parameters: Sequence[
         "responses": {
             "200": {
                 "description": summary,
-                "content": content if answer is None else _json(_ref(answer)),
+                "content": _EVENTS if answer is None else _json(_ref(answer)),
             },
             **_problems(list(_PROBLEMS), "OipError"),
         },

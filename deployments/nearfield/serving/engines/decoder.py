@@ -318,7 +318,7 @@ class _SlabLayer(CacheLayerMixin):
     """One layer of transformers' cache protocol, writing into the slab's rectangle."""
 
     def __init__(self, owner: ModuleDecoder, index: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.is_initialized = True
         self._owner, self._index = owner, index
 
@@ -363,7 +363,7 @@ class ModuleDecoder:
         self.slab = KVSlab(shape, kv_tokens, dtype=dtype, device=self.device)
         self.span = Span(0, 0, 0)
         layers: list[Any] = [_SlabLayer(self, i) for i in range(shape.layers)]
-        self._cache = Cache(layers=layers)  # type: ignore[no-untyped-call]
+        self._cache = Cache(layers=layers)
 
     def forward(self, tokens: Tensor, span: Span, last: Tensor | None) -> Tensor:
         rows, width = tokens.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import calendar
 import datetime as dt
 import itertools
 import json
@@ -10,8 +9,6 @@ import random
 import re
 
 from nearfield.training.abacus_questions import (
-    DAYS,
-    MONTHS,
     UNITS,
     Question,
     held_out,
@@ -25,7 +22,7 @@ def expected(question: Question) -> str:
     text = question.question
     numbers = [int(n) for n in re.findall(r"\d+", text)]
     if question.family == "arithmetic":
-        minus = "minus" in text or " - " in text
+        minus = "minus" in text or "-" in text
         return str(numbers[0] - numbers[1] if minus else numbers[0] + numbers[1])
     if question.family == "units":
         unit, short, factor = next(
@@ -36,18 +33,8 @@ def expected(question: Question) -> str:
         )
         assert unit
         return f"{numbers[0] * factor} {short}"
-    if "leap" in text:
-        return "yes" if calendar.isleap(numbers[0]) else "no"
-    if "February" in text and "days" in text:
-        return str(calendar.monthrange(numbers[0], 2)[1])
-    back = "before" in text or "ago" in text
-    count = -numbers[0] if back else numbers[0]
-    day = next((d for d in DAYS if d in text), None)
-    if day is not None:
-        monday = dt.date(2024, 1, 1)
-        return (monday + dt.timedelta(DAYS.index(day) + count)).strftime("%A")
-    month = next(m for m in MONTHS if m in text)
-    return calendar.month_name[(MONTHS.index(month) + count) % 12 + 1]
+    date = dt.date.fromisoformat(re.findall(r"\d{4}-\d\d-\d\d", text)[0])
+    return str(date + dt.timedelta(days=-1 if "before" in text else 1))
 
 
 def test_answers_are_right() -> None:

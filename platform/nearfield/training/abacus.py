@@ -3,7 +3,7 @@
     python -m nearfield.training.abacus --out DIRECTORY
 
 A Llama of 1.6 M parameters over bytes, trained from nothing on generated questions
-(`abacus_questions`), evaluated on facts it never saw. One CPU core needs about 45 minutes.
+(`abacus_questions`), evaluated on facts it never saw. One CPU core needs about half an hour.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def train(*, steps: int, tokens: int, learning_rate: float, seed: int) -> tuple[
     """Train from random weights: (model, tokenizer).
 
     Muon (K. Jordan et al., 2024) for the layers' matrices, AdamW for the rest; the rate is
-    constant for half of the steps and then falls linearly.
+    constant for 70 % of the steps and then falls linearly.
     """
     import torch
     import torch.nn.functional as F
@@ -240,7 +240,7 @@ def train(*, steps: int, tokens: int, learning_rate: float, seed: int) -> tuple[
     started_s, losses = time.monotonic(), 0.0
     stream = batches(Encoder(tokenizer), seed, tokens)
     for step in range(1, steps + 1):
-        rate = learning_rate * min(1.0, step / 100, 0.02 + 2 * (1 - step / steps))
+        rate = learning_rate * min(1.0, step / 100, 0.02 + (1 - step / steps) / 0.3)
         for group in [group for o in optimizers for group in o.param_groups]:
             group["lr"] = rate
         inputs, targets = next(stream)
@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer.save_pretrained(args.out)
 
 
-STEPS = 5400
+STEPS = 3000
 
 if __name__ == "__main__":
     main()

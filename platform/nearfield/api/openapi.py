@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 Json = dict[str, Any]
 
 _BODIES = (types.ChatBody, types.CompletionBody, types.EmbeddingBody)
+_PARTS = (types.GenerateParameters,)
 _ANSWERS = (
     types.ChatResponse,
     types.CompletionResponse,
@@ -104,7 +105,8 @@ def document(spec: ModelSpec, abilities: Abilities) -> Json:
 
 def _schemas(spec: ModelSpec) -> Json:
     _, defined = models_json_schema(
-        [(body, "validation") for body in _BODIES] + [(body, "serialization") for body in _ANSWERS],
+        [(body, "validation") for body in _BODIES + _PARTS]
+        + [(body, "serialization") for body in _ANSWERS],
         ref_template="#/components/schemas/{model}",
         by_alias=True,
     )
@@ -158,7 +160,7 @@ def _schemas(spec: ModelSpec) -> Json:
         "required": ["text_input"],
         "properties": {
             "text_input": {"type": "string"},
-            "parameters": {"type": "object"},
+            "parameters": _ref("GenerateParameters"),
             "id": {"type": "string"},
         },
         "additionalProperties": False,

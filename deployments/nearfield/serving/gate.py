@@ -1,0 +1,123 @@
+"""Admission: at most so many requests inside the engine, so many behind them, the rest refused.
+
+A request takes a `Place` before its body is read, so that a refusal costs nothing, waits for its
+`turn` in order of arrival, and gives the place back on every way out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from typing import Self
+
+from nearfield.core.errors import RateLimited
+
+SMOOTHING = 0.1
+"""Weight of the newest service time in the mean that Retry-After is computed from."""
+MAX_RETRY_AFTER_S = 60.0
+
+
+class Gate:
+    """Counts the requests of one replica. One event loop's property."""
+
+    def __init__(self, max_running: int, max_queued: int) -> None:
+        self.running = 0
+        self._taken = 0
+        self._max_running = max_running
+        self._max_taken = max_running + max_queued
+        self._queue: deque[Place] = deque()
+        self._service_s = 0.0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that hold a place and are not inside the engine."""
+        return self._taken - self.running
+
+    @property
+    def queue_age_s(self) -> float:
+        """How long the request at the head of the queue has waited for its turn."""
+        for place in self._queue:
+            if place.queued_s is not None:
+                return time.monotonic() - place.queued_s
+        return 0.0
+
+    def place(self) -> Place:
+        """Take a place; leave its `with` block to give it back.
+
+        Raises:
+            RateLimited: all are taken; `retry_after_s` is when one is likely to be free.
+        """
+        if self._taken >= self._max_taken:
+            raise RateLimited(
+                f"The model is busy: {self._taken} requests are running or waiting here. "
+                "Send the request again later.",
+                retry_after_s=self._relief_s(),
+            )
+        self._taken += 1
+        return Place(self)
+
+    def _relief_s(self) -> float:
+        """When the requests now waiting will be inside, at the recent pace."""
+        expected_s = self._service_s * max(1, self.waiting) / self._max_running
+        return float(min(MAX_RETRY_AFTER_S, max(1, math.ceil(expected_s))))
+
+    async def _enter(self, place: Place) -> None:
+        if self.running >= self._max_running:
+            place.queued_s = time.monotonic()
+            place.called = asyncio.get_running_loop().create_future()
+            self._queue.append(place)
+            await place.called  # whoever leaves hands its turn over
+        else:
+            self.running += 1
+        place.entered_s = time.monotonic()
+
+    def _leave(self, place: Place) -> None:
+        self._taken -= 1
+        called = place.called
+        if place.entered_s is not None:
+            took_s = time.monotonic() - place.entered_s
+            self._service_s += (took_s - self._service_s) * (SMOOTHING if self._service_s else 1)
+        elif called is None:
+            return  # never asked for its turn
+        elif not called.done() or called.cancelled():
+            if place in self._queue:
+                self._queue.remove(place)
+            return
+        self.running -= 1
+        while self._queue and self.running < self._max_running:
+            following = self._queue.popleft()
+            assert following.called is not None
+            if not following.called.done():
+                self.running += 1
+                following.called.set_result(None)
+
+
+class Place:
+    """One request's right to wait and then to run. See `Gate.place`."""
+
+    __slots__ = ("_gate", "_released", "called", "entered_s", "queued_s")
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._released = False
+        self.called: asyncio.Future[None] | None = None
+        self.queued_s: float | None = None
+        self.entered_s: float | None = None
+
+    async def turn(self) -> None:
+        """Wait until there is room inside the engine."""
+        await self._gate._enter(self)
+
+    def release(self) -> None:
+        """Give the place back. May be called again."""
+        if not self._released:
+            self._released = True
+            self._gate._leave(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()

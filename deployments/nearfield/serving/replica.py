@@ -1,0 +1,70 @@
+"""The Serve deployment: one replica of one model, an ASGI application in Serve's own server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+
+import ray
+from nearfield.core.spec import ModelSpec
+from nearfield.serving.gate import Gate
+from nearfield.serving.host import EngineHost
+from nearfield.serving.http import Frontend
+from nearfield.serving.routes import build_router
+from nearfield.serving.service import Service
+from nearfield.telemetry import logs
+from nearfield.telemetry.requests import Recorder
+from nearfield.telemetry.setup import Telemetry
+from ray import serve
+from starlette.routing import Router
+
+log = logging.getLogger("nearfield.replica")
+
+
+@serve.deployment(name="replica")
+@serve.ingress()
+class Replica:
+    """Loads the model in a process of its own and answers for it."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        logs.configure(model=spec.model)
+        limits = spec.limits
+        self._service = Service(
+            spec,
+            EngineHost(spec, threads=spec.threads or _assigned_cpus()),
+            Gate(limits.max_running, limits.max_queued),
+        )
+        self._telemetry = Telemetry(
+            model=spec.model,
+            version=spec.version,
+            moment=self._service.moment,
+            environ=os.environ,
+            instance=serve.get_replica_context().replica_id.unique_id,
+        )
+
+    async def __serve_build_asgi_app__(self) -> Router:
+        """Called by Serve after the constructor; the replica is up when it returns."""
+        await self._service.host.start()
+        frontend = Frontend(
+            Recorder(self._telemetry),
+            timeout_s=self._service.spec.limits.timeout_s,
+            ingress_returns_id=True,
+        )
+        return build_router(self._service, frontend, self._telemetry)
+
+    async def check_health(self) -> None:
+        """Called by Serve; what it raises makes Serve replace this replica."""
+        if not self._service.host.healthy:
+            raise RuntimeError("the engine stopped and could not be started again")
+
+    async def __del__(self) -> None:
+        # Serve calls this once everything accepted has been answered.
+        await self._service.host.close()
+        await asyncio.to_thread(self._telemetry.close)
+
+
+def _assigned_cpus() -> int:
+    """The CPUs Ray reserved for this replica; a fraction of one still gets one thread."""
+    assigned: dict[str, float] = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
+    return max(1, int(assigned.get("CPU", 1)))

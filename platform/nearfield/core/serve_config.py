@@ -13,8 +13,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from nearfield.core.spec import ModelSpec
-
 MODEL_BUILDER = "nearfield.serving:app"
 """The `import_path` of an application that serves a model."""
 
@@ -69,7 +67,7 @@ class TracingConfig(Section):
 class HttpOptions(Section):
     """Where Serve listens for HTTP. Fixed once Serve runs."""
 
-    host: str = "0.0.0.0"
+    host: str | None = None
     port: Port = 8000
     root_path: str = ""
     request_timeout_s: PositiveSeconds | None = None
@@ -235,9 +233,9 @@ class Deployment(Section):
     health_check_timeout_s: PositiveSeconds | None = None
     ray_actor_options: RayActorOptions | None = None
     placement_group_bundles: list[dict[str, Quantity]] | None = None
-    placement_group_strategy: (
-        Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None
-    ) = None
+    placement_group_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = (
+        None
+    )
     placement_group_bundle_label_selector: list[Labels] | None = None
     max_replicas_per_node: Annotated[int, Field(ge=1, le=100)] | None = None
     logging_config: LoggingConfig | None = None
@@ -260,7 +258,10 @@ class Deployment(Section):
 
 
 class Application(Section):
-    """One application: a model of ours, or anything else that Serve runs."""
+    """One application: a model of ours, or anything else that Serve runs.
+
+    `args` of a model are a `ModelSpec`, which is checked on its own.
+    """
 
     name: str = Field(min_length=1)
     route_prefix: str | None = "/"
@@ -271,12 +272,6 @@ class Application(Section):
     autoscaling_policy: AutoscalingPolicy | None = None
     external_scaler_enabled: bool = False
     logging_config: LoggingConfig | None = None
-
-
-class ModelApplication(Application):
-    """An application built by `nearfield.serving:app`."""
-
-    args: ModelSpec  # type: ignore[assignment]  # a spec is a stricter dict
 
 
 class ServeConfig(Section):

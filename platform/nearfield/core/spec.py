@@ -29,6 +29,9 @@ IMPORT_PATTERN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 
 SOURCE_SCHEMES = ("builtin", "hf", "s3", "file")
 
+BUILTIN_MODELS = ("abacus", "minilm")
+"""What `builtin://` names: weights that are installed with nearfield."""
+
 
 def _plain_name(value: str) -> str:
     if ".." in value:
@@ -156,8 +159,7 @@ class RemoteEngine(Strict):
     def _tensors_need_oip(self) -> Self:
         if (self.task == "tensor") != (self.protocol == "oip"):
             raise ValueError(
-                "protocol: oip goes with task: tensor, protocol: openai with task: generate "
-                "or embed"
+                "protocol oip goes with task tensor, protocol openai with task generate or embed"
             )
         return self
 

@@ -1,0 +1,64 @@
+"""`nearfield check`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+from nearfield.cli.main import EXIT_INVALID
+from nearfield.cli.output import json_option, print_json
+
+if TYPE_CHECKING:
+    from nearfield.core.problems import Problem
+
+
+@click.command
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "--no-ray", is_flag=True, help="Skip Ray's own schema, which takes two seconds to load."
+)
+@json_option
+def check(files: tuple[str, ...], no_ray: bool, as_json: bool) -> int:
+    """Check config files before anything is deployed.
+
+    Every problem of every file is named at once, with its line, the value that stands there and
+    a remedy. Files given together are also checked against each other: two models of one region
+    may not share a name or a route. Nothing is executed, and no region is needed.
+
+    \b
+    nearfield check chat.yaml
+    nearfield check deployments/models/*.yaml
+    nearfield check --json chat.yaml | jq '.problems[].field'
+
+    Exit code 2 if a file is invalid; warnings alone leave it 0.
+    """
+    from nearfield.cli.config_files import load_files
+    from nearfield.core.check import model_applications
+
+    read, problems = load_files(files, ray=not no_ray)
+    valid = all(problem.level == "warning" for problem in problems)
+    if as_json:
+        shown = [asdict(problem) for problem in problems]
+        print_json({"valid": valid, "files": list(files), "problems": shown})
+        return 0 if valid else EXIT_INVALID
+    print_problems(problems)
+    wrong = {problem.file for problem in problems if problem.level == "error"}
+    for file in read:
+        if file.name not in wrong:
+            models = [app["args"]["model"] for _, app in model_applications(file.document)]
+            click.echo(f"{file.name}: {click.style('ok', fg='green')} ({', '.join(models)})")
+    return 0 if valid else EXIT_INVALID
+
+
+def print_problems(problems: Sequence[Problem]) -> None:
+    """Problems for a person, on stderr."""
+    for problem in problems:
+        place = problem.file if problem.line is None else f"{problem.file}:{problem.line}"
+        value = "" if problem.value is None else f" = {problem.value}"
+        colour = "red" if problem.level == "error" else "yellow"
+        level = click.style(problem.level + ":", fg=colour, bold=True)
+        field = f" {problem.field}{value}:" if problem.field else ""
+        click.echo(f"{level} {click.style(place, bold=True)}:{field} {problem.message}", err=True)
+        click.echo(f"       {problem.remedy}", err=True)

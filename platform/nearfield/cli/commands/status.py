@@ -1,0 +1,103 @@
+"""`nearfield status` and `nearfield models`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from nearfield.cli.main import EXIT_FAILED
+from nearfield.cli.output import dir_option, failed, json_option, print_json, print_table
+
+if TYPE_CHECKING:
+    from nearfield.cli.models import Model
+
+
+@click.command
+@dir_option
+@json_option
+def models(root: Path, as_json: bool) -> int:
+    """List the models of the region.
+
+    \b
+    nearfield models
+    nearfield models --json | jq -r '.models[] | select(.state == "running") | .endpoint'
+    """
+    from nearfield.cli import models as listing
+    from nearfield.cli import region
+
+    found = listing.listed(region.find(root))
+    if as_json:
+        print_json({"models": [model.to_json() for model in found]})
+    else:
+        _print_models(found)
+    return 0
+
+
+@click.command
+@dir_option
+@json_option
+def status(root: Path, as_json: bool) -> int:
+    """Show the region: where it answers, its models, why one is not ready, what it costs.
+
+    \b
+    nearfield status
+    nearfield status --json | jq .region.endpoint
+
+    Exit code 1 if no region runs, or a model in it has failed.
+    """
+    from nearfield.cli import models as listing
+    from nearfield.cli import processes, region
+
+    running = region.find(root)
+    found = listing.listed(running)
+    members = processes.of_region(running.state.region_id)
+    memory_bytes = processes.memory_bytes(members)
+    uptime_s = time.time() - running.state.started_unix_s
+    if as_json:
+        about: dict[str, Any] = {
+            "endpoint": running.base_url,
+            "dashboard": running.dashboard_url,
+            "ingress": running.state.ingress,
+            "directory": str(running.root),
+            "token_file": str(running.token_file),
+            "logs": str(running.logs_dir),
+            "owner_pid": running.state.owner.pid if running.state.owner else None,
+            "uptime_s": round(uptime_s, 1),
+            "processes": len(members),
+            "memory_bytes": memory_bytes,
+        }
+        print_json({"region": about, "models": [model.to_json() for model in found]})
+    else:
+        memory = "" if memory_bytes is None else f", {memory_bytes / 2**20:.0f} MiB"
+        click.echo(
+            f"Region at {click.style(running.base_url, bold=True)} ({running.state.ingress} "
+            f"ingress), up {_duration(uptime_s)}, {len(members)} processes{memory}"
+        )
+        click.echo(f"Logs: {running.logs_dir}")
+        click.echo(
+            f"Serve's own view: RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={running.token_file} "
+            f"serve status -a {running.dashboard_url}"
+        )
+        click.echo()
+        _print_models(found)
+    for model in found:
+        if model.reason:
+            failed(f"{model.application}: {model.reason}")
+    return EXIT_FAILED if any(model.state == "failed" for model in found) else 0
+
+
+def _print_models(found: Sequence[Model]) -> None:
+    if not found:
+        click.echo("No models yet. Add one with: nearfield serve FILE")
+        return
+    headers = ("MODEL", "VERSION", "ENGINE", "SOURCE", "REPLICAS", "STATE", "ENDPOINT")
+    print_table(headers, [model.cells() for model in found])
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

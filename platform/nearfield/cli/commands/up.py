@@ -1,0 +1,198 @@
+"""`nearfield up`: a region in the foreground, from nothing to answers, and away again."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from nearfield.cli.main import EXIT_FAILED, EXIT_INTERRUPTED
+from nearfield.cli.output import Progress, dir_option, failed, json_option, print_json
+
+if TYPE_CHECKING:
+    from nearfield.cli.bring_up import Started
+    from nearfield.cli.probe import Answer
+    from nearfield.cli.ray_head import Ingress
+    from nearfield.cli.region import Region
+
+_WATCH_S = 2.0
+
+
+@click.command
+@click.argument("files", nargs=-1, metavar="[FILE...]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option("--port", type=click.IntRange(1, 65535), help="[default: the files' own, else 8000]")
+@click.option(
+    "--ingress",
+    type=click.Choice(["haproxy", "python"]),
+    help="Serve's HAProxy mode, or its Python proxy.  [default: haproxy on Linux]",
+)
+@click.option(
+    "--cpus", type=click.IntRange(1), help="What models may ask for in all.  [default: at least 4]"
+)
+@click.option("--detach", is_flag=True, help="Return when the models answer; the region goes on.")
+@click.option(
+    "--timeout", "timeout_s", type=float, default=600.0, show_default=True, help="Seconds to wait."
+)
+@dir_option
+@json_option
+def up(
+    files: tuple[str, ...],
+    host: str,
+    port: int | None,
+    ingress: Ingress | None,
+    cpus: int | None,
+    detach: bool,
+    timeout_s: float,
+    root: Path,
+    as_json: bool,
+) -> int:
+    """Run a region on this machine, with models in it, until Ctrl-C.
+
+    Without FILE, the two quickstart models: a small language model and sentence embeddings, both
+    on the CPU, with no download. Each model is asked one real question before you are told that
+    it is there, and copy-paste examples are printed.
+
+    \b
+    nearfield up
+    nearfield up chat.yaml embed.yaml --port 9000
+    nearfield up --detach && nearfield status && nearfield down
+
+    The region has its own ports, directory and token: it does not mix with another Ray on this
+    machine. Ctrl-C ends it and everything in it; twice, without waiting.
+    """
+    from nearfield.cli import region as regions
+    from nearfield.cli.applications import applications, quickstart_files, serve_options
+    from nearfield.cli.bring_up import bring_up
+    from nearfield.cli.commands.common import checked
+    from nearfield.cli.ray_head import default_ingress
+
+    progress = Progress(as_json=as_json)
+    read = checked(files or quickstart_files())
+    options = serve_options(read)
+    wanted_port = port or options.get("http_options", {}).get("port", regions.DEFAULT_PORT)
+    with _interruptible():
+        progress("starting Ray")
+        region = regions.start(
+            root,
+            regions.RegionOptions(
+                host=host,
+                port=wanted_port,
+                ingress=ingress or default_ingress(),
+                num_cpus=cpus,
+                detached=detach,
+                serve_options=options,
+            ),
+            progress,
+        )
+        ours_to_end = True
+        code = EXIT_INTERRUPTED
+        try:
+            progress("starting Serve")
+            apps = applications(read, region.state.pythonpath)
+            started = bring_up(region, apps, timeout_s=timeout_s, report=progress)
+            code = 0 if all(each.ready for each in started) else EXIT_FAILED
+            _show(region, started, progress, as_json=as_json)
+            if not any(each.ready for each in started):
+                progress("no model is ready, so there is nothing to stay for")
+            elif detach:
+                ours_to_end = False
+            else:
+                if not as_json:
+                    click.echo("\nCtrl-C ends the region and everything in it.")
+                if _ended_elsewhere(region):
+                    progress("ended by nearfield down")
+                    ours_to_end = False
+                else:
+                    failed("Ray has died: all processes of the region are gone")
+                    code = EXIT_FAILED
+        except KeyboardInterrupt:
+            click.echo(err=as_json)
+        finally:
+            if ours_to_end:
+                _end(region, progress)
+        return code
+
+
+def _show(region: Region, started: Sequence[Started], progress: Progress, *, as_json: bool) -> None:
+    """What came of each application, and how to use those that are ready."""
+    from nearfield.cli.snippets import examples
+
+    for each in started:
+        if each.reason is not None:
+            failed(f"{each.name}: {each.reason}")
+        elif each.answer is not None:
+            progress(_answered(each.answer))
+    if as_json:
+        models = [each.to_json() for each in started]
+        seconds = round(progress.elapsed_s, 1)
+        print_json({"endpoint": region.base_url, "seconds": seconds, "models": models})
+        return
+    usable = [(each.url, each.spec) for each in started if each.ready and each.url and each.spec]
+    if usable:
+        click.echo("\nEach of these is a complete base URL:")
+    for url, spec in usable:
+        click.echo(f"  {click.style(f'{url}/v1', bold=True)}  {spec.model} ({spec.engine.kind})")
+    for title, code in examples(usable):
+        click.echo(f"\n{click.style(f'# {title}', dim=True)}\n{code}")
+
+
+def _answered(answer: Answer) -> str:
+    from nearfield.cli.probe import QUESTION, SENTENCE
+
+    said = click.style(str(answer.text), bold=True)
+    took = click.style(f"({answer.seconds * 1000:.0f} ms)", dim=True)
+    asked = {"chat": f"{QUESTION} → ", "embeddings": f'"{SENTENCE}" → '}.get(answer.kind, "")
+    return f"{answer.model}: {asked}{said} {took}"
+
+
+def _ended_elsewhere(region: Region) -> bool:
+    """Stay as long as the region does. True: `nearfield down` ended it; False: it died."""
+    from nearfield.cli import processes
+    from nearfield.cli import region as regions
+
+    never = threading.Event()
+    while True:
+        never.wait(_WATCH_S)
+        current = regions.read(region.root)
+        if current is None or current.state.region_id != region.state.region_id:
+            return True
+        if not processes.of_region(region.state.region_id):
+            # `nearfield down` ends the processes first and forgets the region then.
+            never.wait(_WATCH_S)
+            return regions.read(region.root) is None
+
+
+def _end(region: Region, progress: Progress) -> None:
+    from nearfield.cli import region as regions
+
+    progress("stopping: replicas finish what they have accepted (Ctrl-C again: at once)")
+    started_s = time.monotonic()
+    try:
+        regions.end(region)
+    except KeyboardInterrupt:
+        regions.end(region, drain_timeout_s=0.0)
+    progress(f"stopped in {time.monotonic() - started_s:.1f} s; nothing is left running")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the region as Ctrl-C does, unless nohup says otherwise."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    kinds = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        kinds.append(signal.SIGHUP)
+    before = [(kind, signal.signal(kind, interrupt)) for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, handler in before:
+            signal.signal(kind, handler)

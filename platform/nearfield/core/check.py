@@ -1,0 +1,213 @@
+"""Checking whole configs: what one file says, and whether several go together. No I/O.
+
+    problems = check([("chat.yaml", parse(text))])
+
+Every rule is looked at, so that one run names everything there is to mend.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from nearfield.core.problems import Finding, Problem, did_you_mean, dotted, findings, shown
+from nearfield.core.serve_config import (
+    MODEL_BUILDER,
+    MODEL_DEPLOYMENT,
+    Application,
+    ServeConfig,
+)
+from nearfield.core.spec import BUILTIN_MODELS, NAME_PATTERN, ModelSpec
+from nearfield.core.yaml_document import Document, Path
+from pydantic import BaseModel, ValidationError
+
+_MODEL_ROUTE = re.compile(r"/[A-Za-z0-9._-]+")
+
+
+def check(documents: Sequence[tuple[str, Document]]) -> list[Problem]:
+    """All problems of the files (name, document), each by itself and all of them together."""
+    problems = [
+        located(file, document, finding)
+        for file, document in documents
+        for finding in _check_document(document)
+    ]
+    return sorted(
+        [*problems, *_check_together(documents)], key=lambda p: (p.file, p.line or 0, p.field)
+    )
+
+
+def located(file: str, document: Document, finding: Finding) -> Problem:
+    """The finding with its file and line."""
+    return Problem(
+        file=file,
+        field=dotted(finding.path),
+        message=finding.message,
+        remedy=finding.remedy,
+        value=shown(finding.value) if finding.has_value else None,
+        line=document.line_of(finding.path),
+    )
+
+
+def model_applications(document: Document) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The applications of a config that serve models of ours, with their index."""
+    for index, app in _applications(document):
+        if isinstance(app, dict) and app.get("import_path") == MODEL_BUILDER:
+            yield index, app
+
+
+def _applications(document: Document) -> Iterator[tuple[int, Any]]:
+    apps = document.value.get("applications") if isinstance(document.value, dict) else None
+    if isinstance(apps, list):
+        yield from enumerate(apps)
+
+
+def _check_document(document: Document) -> Iterator[Finding]:
+    for duplicate in document.duplicates:
+        yield Finding(
+            duplicate.path,
+            f"stands here twice, first on line {duplicate.first_line}",
+            "remove one of them: YAML silently takes the last",
+            duplicate.value,
+        )
+    data = document.value
+    if not isinstance(data, dict):
+        yield Finding((), "must be a section of keys", "begin with `applications:`", data)
+        return
+    if "import_path" in data and "applications" not in data:
+        yield Finding(
+            ("import_path",),
+            "stands at the top: this is a single application",
+            "put it into a list, `applications:` and below it `- name: …`",
+            data["import_path"],
+        )
+        return
+    yield from _validate(ServeConfig, data, ())
+    for index, app in _applications(document):
+        at: Path = ("applications", index)
+        yield from _validate(Application, app, at)
+        if not isinstance(app, dict):
+            continue
+        path = app.get("import_path")
+        if path == MODEL_BUILDER:
+            yield from _check_model(app, at)
+        elif isinstance(path, str) and re.match(r"near_?field\b", path):
+            yield Finding(
+                (*at, "import_path"),
+                "names nothing in nearfield that can be served",
+                f"did you mean {MODEL_BUILDER}?",
+                path,
+            )
+
+
+def _validate(
+    schema: type[BaseModel], data: Any, at: Path, *, strict: bool | None = None
+) -> Iterator[Finding]:
+    try:
+        schema.model_validate(data, strict=strict)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False)
+        for found in findings(details, schema, data):
+            yield Finding(
+                (*at, *found.path), found.message, found.remedy, found.value, found.has_value
+            )
+
+
+def _check_model(app: dict[str, Any], at: Path) -> Iterator[Finding]:
+    if "args" not in app:
+        yield Finding(
+            (*at, "args"), "is missing", "add args with the model's spec", has_value=False
+        )
+    elif isinstance(app["args"], dict):
+        yield from _validate(ModelSpec, app["args"], (*at, "args"), strict=True)
+        yield from _check_builtin(app["args"].get("source"), (*at, "args", "source"))
+    yield from _check_route(app, at)
+    deployments = app.get("deployments")
+    for index, deployment in enumerate(deployments if isinstance(deployments, list) else []):
+        if isinstance(deployment, dict):
+            yield from _check_replica(deployment, index, (*at, "deployments", index))
+
+
+def _check_builtin(source: Any, at: Path) -> Iterator[Finding]:
+    scheme = "builtin://"
+    if not isinstance(source, str) or not source.startswith(scheme):
+        return
+    name = source.removeprefix(scheme)
+    if re.fullmatch(NAME_PATTERN, name) and name not in BUILTIN_MODELS:
+        close = did_you_mean(name, BUILTIN_MODELS)
+        known = ", ".join(scheme + known for known in BUILTIN_MODELS)
+        remedy = f"did you mean {scheme}{close}?" if close else f"there are {known}"
+        yield Finding(at, "is none of the models that ship with nearfield", remedy, source)
+
+
+def _check_route(app: dict[str, Any], at: Path) -> Iterator[Finding]:
+    here = (*at, "route_prefix")
+    route = app.get("route_prefix")
+    name = app.get("name") if isinstance(app.get("name"), str) else "chat"
+    if route is None:
+        yield Finding(
+            here,
+            "is missing",
+            f"add route_prefix: /{name}; without it, every model would stand at /",
+            has_value=False,
+        )
+    elif isinstance(route, str) and not _MODEL_ROUTE.fullmatch(route):
+        yield Finding(
+            here,
+            "must be one segment of letters, digits, '.', '_' and '-' after a slash",
+            f"write route_prefix: /{name}",
+            route,
+        )
+    elif isinstance(route, str) and route.startswith("/-"):
+        yield Finding(
+            here,
+            "begins with /-, where Serve's own pages are",
+            f"write route_prefix: /{name}",
+            route,
+        )
+
+
+def _check_replica(deployment: dict[str, Any], index: int, at: Path) -> Iterator[Finding]:
+    name = deployment.get("name")
+    if isinstance(name, str) and (name != MODEL_DEPLOYMENT or index > 0):
+        yield Finding(
+            (*at, "name"),
+            f"a model has one deployment, called {MODEL_DEPLOYMENT}",
+            f"write name: {MODEL_DEPLOYMENT}, once; other code goes into an application of its own",
+            name,
+        )
+    if "request_router_config" in deployment:
+        yield Finding(
+            (*at, "request_router_config"),
+            "does not go with a model: its replicas are reached directly, past Serve's router",
+            "remove it",
+            deployment["request_router_config"],
+        )
+
+
+def _check_together(documents: Sequence[tuple[str, Document]]) -> Iterator[Problem]:
+    """Names and routes are unique in a region, so also across files."""
+    first: dict[tuple[str, str], tuple[str, int | None]] = {}
+    for file, document in documents:
+        for index, app in _applications(document):
+            for key, default in (("name", "default"), ("route_prefix", "/")):
+                value = app.get(key, default) if isinstance(app, dict) else None
+                if not isinstance(value, str):
+                    continue
+                path = ("applications", index, key)
+                line = document.line_of(path)
+                if (key, value) not in first:
+                    first[key, value] = (file, line)
+                    continue
+                where = first[key, value]
+                place = f"line {where[1]}" if where[0] == file else f"{where[0]}, line {where[1]}"
+                yield located(
+                    file,
+                    document,
+                    Finding(
+                        path,
+                        f"is taken by the application at {place}",
+                        f"choose another {key}",
+                        value,
+                    ),
+                )

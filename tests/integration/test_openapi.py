@@ -31,8 +31,10 @@ def test_schemathesis_finds_nothing(region: TestRegion, model: str, tmp_path: Pa
     url = region.url(model)
     command = [
         *(f"{sys.prefix}/bin/schemathesis", "run", f"{url}/openapi.json", "--url", url),
-        *("--checks", ",".join(CHECKS), "--max-examples", "15"),
-        *("--phases", "examples,coverage,fuzzing", "--mode", "all"),
+        *("--checks", ",".join(CHECKS), "--max-examples", "30"),
+        # Its coverage phase found nothing either, but now and then fails in itself: CPython 3.11
+        # ends it with "AST constructor recursion depth mismatch".
+        *("--phases", "examples,fuzzing", "--mode", "all"),
         *("--generation-deterministic", "--continue-on-failure"),
         *("--request-timeout", "20", "--workers", "4", "--no-color", "--warnings", "off"),
     ]

@@ -28,7 +28,7 @@ MIRRORED: list[tuple[type[BaseModel], str]] = [
     (serve_config.DeploymentActor, "DeploymentActorConfig"),
 ]
 # In an application, Serve knows these only to refuse them.
-NOT_MIRRORED = {serve_config.Application: {"host", "port"}}
+NOT_MIRRORED: dict[type[BaseModel], set[str]] = {serve_config.Application: {"host", "port"}}
 
 
 @pytest.fixture(scope="module")

@@ -176,8 +176,10 @@ class FunctionEngine(Engine):
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._loop = asyncio.new_event_loop()
         # The loop's own default has room for only a few more threads than there are CPUs.
-        workers = ThreadPoolExecutor(context.spec.limits.max_running, thread_name_prefix="engine")
-        self._loop.set_default_executor(workers)
+        self._workers = ThreadPoolExecutor(
+            context.spec.limits.max_running, thread_name_prefix="engine"
+        )
+        self._loop.set_default_executor(self._workers)
         threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()
         methods: dict[Task, str] = {"generate": "generate", "embed": "embed", "tensor": "infer"}
         tasks = frozenset(t for t, m in methods.items() if callable(getattr(self, m, None)))
@@ -218,6 +220,7 @@ class FunctionEngine(Engine):
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._workers.shutdown(wait=False, cancel_futures=True)
 
     async def _answer(self, request_id: str, request: Request) -> None:
         started_s = time.monotonic()

@@ -30,7 +30,7 @@ class Language(FunctionEngine):
 
     def setup(self, context: EngineContext) -> None:
         """Learn from the samples: `log_shares` is [languages, buckets]."""
-        directory = Path(__file__).parent / context.spec.engine.options.get("profiles", "profiles")
+        directory = Path(__file__).parent / context.options.get("profiles", "profiles")
         samples = {path.stem: path.read_text("utf-8") for path in sorted(directory.glob("*.txt"))}
         if not samples:
             raise BadRequest(f"options.profiles: there is no *.txt in {directory.name}")

@@ -77,7 +77,7 @@ class {class_name}(FunctionEngine):
     """Says what it was told, in capitals. Replace `generate`, or define `embed` or `infer`."""
 
     def setup(self, context: EngineContext) -> None:
-        """Load what you need here, once: `context.weights`, `context.spec.engine.options`."""
+        """Load what you need here, once: `context.weights`, `context.options`."""
 
     def generate(self, request: Any) -> Iterator[str]:
         """Yield the answer in pieces: each is streamed to the caller at once."""

@@ -38,7 +38,7 @@ from nearfield.api.events import (
     Timings,
 )
 from nearfield.core.errors import BadRequest, DeadlineExceeded, EngineFailed, NearfieldError
-from nearfield.core.spec import ModelSpec
+from nearfield.core.spec import CustomEngine, ModelSpec
 from numpy.typing import NDArray
 
 Emit = Callable[[Sequence[tuple[str, Event]]], None]
@@ -110,6 +110,12 @@ class EngineContext:
     threads: int
     emit: Emit
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """A custom engine's `options` in the spec."""
+        engine = self.spec.engine
+        return engine.options if isinstance(engine, CustomEngine) else {}
+
 
 class Engine(abc.ABC):
     """What a replica needs of an engine. All calls come from one thread."""
@@ -169,7 +175,7 @@ class FunctionEngine(Engine):
     infer: Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]
 
     def setup(self, context: EngineContext) -> None:
-        """Load what the model needs. `context.spec.engine.options` holds the spec's options."""
+        """Load what the model needs. `context.options` holds the spec's options."""
 
     def load(self, context: EngineContext) -> Capabilities:
         self._emit = context.emit

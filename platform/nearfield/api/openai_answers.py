@@ -139,13 +139,13 @@ class Renderer:
             for index in range(len(call.requests) * call.choices)
         ]
         # A plain delta is these bytes around the text: it is rendered thousands of times a second.
-        start = b"data: " + dump(self._chunk_head)[:-1] + b',"choices":[{"index":%d,'
+        start = b"data: " + dump(self._chunk_head)[:-1] + b',"choices":[{"index":'
         no_usage = b',"usage":null' if call.include_usage else b""
-        inner = b'"delta":{"content":' if self._chat else b'"text":'
+        inner = b',"delta":{"content":' if self._chat else b',"text":'
         close = b"}" if self._chat else b""
         self._after = close + b',"logprobs":null,"finish_reason":null}]' + no_usage + b"}\n\n"
         for choice in self._choices:
-            choice.before = start.replace(b"%d", b"%d" % choice.index) + inner
+            choice.before = start + str(choice.index).encode() + inner
 
     # streaming
 

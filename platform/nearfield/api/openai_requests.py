@@ -172,8 +172,9 @@ def _as_list(value: Any, param: str) -> list[str] | list[list[int]]:
 
 
 def _message(message: types.Message) -> dict[str, Any]:
-    """A message as chat templates know it."""
+    """A message as chat templates know it: no other roles than theirs, and always content."""
     plain = message.model_dump(exclude_none=True, exclude={"refusal", "annotations"})
+    plain.setdefault("content", "")
     if plain["role"] == "developer":
         plain["role"] = "system"
     return plain

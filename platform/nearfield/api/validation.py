@@ -132,7 +132,9 @@ def _rule(error: Any) -> str:
     if known is None:
         message: str = error["msg"]
         return f"be valid ({message[:200]})"
-    return known.format(**error.get("ctx", {}))
+    bounds = error.get("ctx", {}).items()
+    whole = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in bounds}
+    return known.format(**whole)
 
 
 def _kind(value: Any) -> str:

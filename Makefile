@@ -20,7 +20,7 @@ run:
 test: test-fast test-slow
 
 test-fast: setup
-	$(PYTEST) tests $(addprefix --ignore=,$(SLOW))
+	$(PYTEST) -n auto tests $(addprefix --ignore=,$(SLOW))
 
 test-slow: setup
 	$(if $(SLOW_TESTS),$(PYTEST) $(SLOW_TESTS),@echo 'no tests under $(SLOW)')

@@ -21,7 +21,7 @@ from nearfield.cli import region as regions
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.integration.conftest import TestRegion
-from tests.support.hosting import until
+from tests.support.hosting import alive, until
 from tests.support.otlp import attributes, receiver
 
 ROOT = Path(__file__).parents[2]
@@ -277,8 +277,11 @@ async def test_killing_the_engine_under_load(
     assert await gauge(client, region.url("ra-killed"), "nearfield_engine_crashes_total") == 1
 
 
-async def test_an_upgrade_loses_nothing(region: TestRegion, client: httpx.AsyncClient) -> None:
+async def test_an_upgrade_loses_nothing(
+    region: TestRegion, client: httpx.AsyncClient, tmp_path: Path
+) -> None:
     """Requests in flight and requests that arrive while replicas are replaced."""
+    pids = tmp_path / "pids"
 
     def deploy(version: str) -> None:
         region.deploy_model("ra-drained", engine=PROGRAMS, version=version, pythonpath=ROOT)
@@ -290,7 +293,7 @@ async def test_an_upgrade_loses_nothing(region: TestRegion, client: httpx.AsyncC
 
     async def user(stream: bool) -> None:
         while not done.is_set():
-            program = "say:a sleep:0.7 say:b"
+            program = f"say:a touch:{pids} sleep:0.7 say:b"
             request = chat(program, model="ra-drained", stream=stream)
             answer = await client.post(url + CHAT, json=request)
             statuses.append(answer.status_code)
@@ -308,12 +311,13 @@ async def test_an_upgrade_loses_nothing(region: TestRegion, client: httpx.AsyncC
     async with asyncio.TaskGroup() as group:
         for number in range(6):
             group.create_task(user(stream=number % 2 == 0))
-        await asyncio.sleep(1)
+        await until(lambda: len(statuses) >= 6)
+        old_engine = int(pids.read_text().split()[0])
         await asyncio.to_thread(deploy, "2")
         assert await version() == "2"
-        await asyncio.sleep(3)  # the drain of the old one
+        await until(lambda: not alive(old_engine), timeout_s=60)  # the old one has drained
         done.set()
-    assert len(statuses) > 12
+    assert len(statuses) >= 12
 
 
 async def test_a_replica_whose_engine_is_beyond_repair_is_replaced(

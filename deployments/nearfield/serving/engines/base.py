@@ -16,11 +16,18 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from nearfield.api.events import (
@@ -42,6 +49,7 @@ from nearfield.core.spec import CustomEngine, ModelSpec
 from numpy.typing import NDArray
 
 Emit = Callable[[Sequence[tuple[str, Event]]], None]
+Result = TypeVar("Result")
 log = logging.getLogger("nearfield.engine")
 
 
@@ -144,7 +152,88 @@ class Engine(abc.ABC):
         """Let go of threads and devices."""
 
 
-class FunctionEngine(Engine):
+class LoopEngine(Engine):
+    """An engine whose requests are coroutines in an event loop of its own.
+
+    Call `start_loop` in `load`, and answer one request at a time in `answer`: emit what comes
+    on the way, return what ends it, raise what goes wrong.
+    """
+
+    def start_loop(
+        self, emit: Emit, tasks: Iterable[Task], executor: Executor | None = None
+    ) -> None:
+        """Start the loop. `tasks`: what `answer` is given; the rest is refused before it."""
+        self._emit = emit
+        self._abilities = frozenset(tasks)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._executor = executor
+        self._loop = asyncio.new_event_loop()
+        if isinstance(executor, ThreadPoolExecutor):
+            self._loop.set_default_executor(executor)
+        threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()
+
+    @abc.abstractmethod
+    async def answer(self, request_id: str, request: Request, started_s: float) -> Event:
+        """Answer a request: the event that ends it. Cancelled when nobody waits any more.
+
+        Raises:
+            NearfieldError: what the caller is told.
+        """
+
+    def failure(self, error: Exception) -> NearfieldError:
+        """What the caller is told of any other exception; the log has the traceback."""
+        log.error("%s failed on a request", type(self).__name__, exc_info=error)
+        return EngineFailed("The model failed on this request.")
+
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        """Run something in the loop and wait for it (in `load` and `close`)."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def submit(self, request_id: str, request: Request) -> None:
+        def start() -> None:
+            task = self._loop.create_task(self._answer(request_id, request))
+            self._tasks[request_id] = task
+            task.add_done_callback(lambda _: self._tasks.pop(request_id, None))
+
+        self._loop.call_soon_threadsafe(start)
+
+    def cancel(self, request_id: str) -> None:
+        def stop() -> None:
+            if task := self._tasks.get(request_id):
+                task.cancel()
+
+        self._loop.call_soon_threadsafe(stop)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(running=len(self._tasks))
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _answer(self, request_id: str, request: Request) -> None:
+        started_s = time.monotonic()
+        deadline_s = request.deadline_s
+        left_s = None if deadline_s is None else max(0.0, deadline_s - started_s)
+        try:
+            if request.task not in self._abilities:
+                does = ", ".join(sorted(self._abilities))
+                raise BadRequest(f"This model does {does}; it does not {request.task}.")
+            if left_s == 0:
+                raise TimeoutError
+            async with asyncio.timeout(left_s):
+                event = await self.answer(request_id, request, started_s)
+        except TimeoutError:
+            event = Failed(DeadlineExceeded("The request's deadline passed before its answer."))
+        except NearfieldError as error:
+            event = Failed(error)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the caller must be told
+            event = Failed(self.failure(error))
+        self._emit([(request_id, event)])
+
+
+class FunctionEngine(LoopEngine):
     """An engine made of one plain method: write the one your model needs.
 
         class Shout(FunctionEngine):
@@ -178,15 +267,6 @@ class FunctionEngine(Engine):
         """Load what the model needs. `context.options` holds the spec's options."""
 
     def load(self, context: EngineContext) -> Capabilities:
-        self._emit = context.emit
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._loop = asyncio.new_event_loop()
-        # The loop's own default has room for only a few more threads than there are CPUs.
-        self._workers = ThreadPoolExecutor(
-            context.spec.limits.max_running, thread_name_prefix="engine"
-        )
-        self._loop.set_default_executor(self._workers)
-        threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()
         methods: dict[Task, str] = {"generate": "generate", "embed": "embed", "tensor": "infer"}
         tasks = frozenset(t for t, m in methods.items() if callable(getattr(self, m, None)))
         if not tasks:
@@ -195,7 +275,9 @@ class FunctionEngine(Engine):
             raise BadRequest(f"{type(self).__name__} defines embed but not dimensions")
         if "tensor" in tasks and not (self.inputs and self.outputs):
             raise BadRequest(f"{type(self).__name__} defines infer but not inputs and outputs")
-        self._abilities = tasks
+        # The loop's own default has room for only a few more threads than there are CPUs.
+        threads = ThreadPoolExecutor(context.spec.limits.max_running, thread_name_prefix="engine")
+        self.start_loop(context.emit, tasks, threads)
         self.setup(context)
         return Capabilities(
             tasks=tasks,
@@ -206,51 +288,7 @@ class FunctionEngine(Engine):
             outputs=self.outputs,
         )
 
-    def submit(self, request_id: str, request: Request) -> None:
-        def start() -> None:
-            task = self._loop.create_task(self._answer(request_id, request))
-            self._tasks[request_id] = task
-            task.add_done_callback(lambda _: self._tasks.pop(request_id, None))
-
-        self._loop.call_soon_threadsafe(start)
-
-    def cancel(self, request_id: str) -> None:
-        def stop() -> None:
-            if task := self._tasks.get(request_id):
-                task.cancel()
-
-        self._loop.call_soon_threadsafe(stop)
-
-    def stats(self) -> EngineStats:
-        return EngineStats(running=len(self._tasks))
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._workers.shutdown(wait=False, cancel_futures=True)
-
-    async def _answer(self, request_id: str, request: Request) -> None:
-        started_s = time.monotonic()
-        deadline_s = request.deadline_s
-        left_s = None if deadline_s is None else deadline_s - started_s
-        try:
-            if request.task not in self._abilities:
-                does = ", ".join(sorted(self._abilities))
-                raise BadRequest(f"This model does {does}; it does not {request.task}.")
-            if left_s is not None and left_s <= 0:
-                raise TimeoutError
-            async with asyncio.timeout(left_s):
-                event = await self._call(request_id, request, started_s)
-        except TimeoutError:
-            event = Failed(DeadlineExceeded("The request's deadline passed before its answer."))
-        except NearfieldError as error:
-            event = Failed(error)
-        except Exception:
-            # The developer finds the traceback in the replica's log, the caller never does.
-            log.exception("%s failed on a request", type(self).__name__)
-            event = Failed(EngineFailed("The model failed on this request."))
-        self._emit([(request_id, event)])
-
-    async def _call(self, request_id: str, request: Request, started_s: float) -> Event:
+    async def answer(self, request_id: str, request: Request, started_s: float) -> Event:
         def timings() -> Timings:
             return Timings(started_s, prefill_s=time.monotonic() - started_s)
 

@@ -7,12 +7,10 @@ come back as ours. A stream that breaks off ends with an error, never as if it w
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import AsyncIterator
 from typing import Any, cast
@@ -25,7 +23,6 @@ from nearfield.api.events import (
     Embedded,
     EmbedRequest,
     Event,
-    Failed,
     FinishReason,
     GenerateRequest,
     Inferred,
@@ -38,7 +35,6 @@ from nearfield.api.events import (
 from nearfield.core.errors import (
     BadRequest,
     DeadlineExceeded,
-    EngineFailed,
     Forbidden,
     NearfieldError,
     NotFound,
@@ -51,9 +47,8 @@ from nearfield.core.errors import (
 from nearfield.core.spec import RemoteEngine as RemoteSpec
 from nearfield.serving.engines.base import (
     Capabilities,
-    Engine,
     EngineContext,
-    EngineStats,
+    LoopEngine,
     TensorMetadata,
 )
 
@@ -72,12 +67,11 @@ _ERRORS: dict[int, type[NearfieldError]] = {
 }
 
 
-class RemoteEngine(Engine):
-    """An asynchronous HTTP client in a loop of its own."""
+class RemoteEngine(LoopEngine):
+    """An asynchronous HTTP client."""
 
     def load(self, context: EngineContext) -> Capabilities:
         spec = self._spec = cast(RemoteSpec, context.spec.engine)
-        self._emit = context.emit
         self._model = spec.upstream_model or context.spec.model
         headers = {"user-agent": "nearfield"}
         if spec.api_key_env is not None:
@@ -98,11 +92,9 @@ class RemoteEngine(Engine):
             ),
             follow_redirects=False,
         )
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="remote", daemon=True).start()
+        self.start_loop(context.emit, [spec.task])
         try:
-            capabilities: Capabilities = self._wait(self._capabilities())
+            capabilities = self.run(self._capabilities())
         except (httpx.HTTPError, NearfieldError) as error:
             self.close()
             said = error.message if isinstance(error, NearfieldError) else type(error).__name__
@@ -111,31 +103,17 @@ class RemoteEngine(Engine):
             )
         return capabilities
 
-    def _wait(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
-
-    def submit(self, request_id: str, request: Request) -> None:
-        def start() -> None:
-            task = self._loop.create_task(self._answer(request_id, request))
-            self._tasks[request_id] = task
-            task.add_done_callback(lambda _: self._tasks.pop(request_id, None))
-
-        self._loop.call_soon_threadsafe(start)
-
-    def cancel(self, request_id: str) -> None:
-        def stop() -> None:
-            if task := self._tasks.get(request_id):
-                task.cancel()
-
-        self._loop.call_soon_threadsafe(stop)
-
-    def stats(self) -> EngineStats:
-        return EngineStats(running=len(self._tasks))
-
     def close(self) -> None:
         with contextlib.suppress(RuntimeError):
-            self._wait(self._client.aclose())
-        self._loop.call_soon_threadsafe(self._loop.stop)
+            self.run(self._client.aclose())
+        super().close()
+
+    def failure(self, error: Exception) -> NearfieldError:
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+            return Unavailable("Upstream cannot be reached.", retry_after_s=5)
+        if isinstance(error, httpx.HTTPError):
+            return UpstreamFailed("Upstream broke off before its answer was complete.")
+        return super().failure(error)
 
     # ---- in the loop ------------------------------------------------------------------------
 
@@ -165,31 +143,7 @@ class RemoteEngine(Engine):
             detail=detail,
         )
 
-    async def _answer(self, request_id: str, request: Request) -> None:
-        started_s = time.monotonic()
-        deadline_s = request.deadline_s
-        try:
-            allowed_s = None if deadline_s is None else max(0.0, deadline_s - started_s)
-            async with asyncio.timeout(allowed_s):
-                end = await self._call(request_id, request, started_s)
-        except TimeoutError:
-            end = Failed(
-                DeadlineExceeded("The request's deadline passed before upstream answered.")
-            )
-        except NearfieldError as error:
-            end = Failed(error)
-        except httpx.ConnectError:
-            end = Failed(Unavailable("Upstream cannot be reached.", retry_after_s=5))
-        except httpx.HTTPError:
-            end = Failed(UpstreamFailed("Upstream broke off before its answer was complete."))
-        except Exception:
-            log.exception("a remote request failed")
-            end = Failed(EngineFailed("The model failed on this request."))
-        self._emit([(request_id, end)])
-
-    async def _call(self, request_id: str, request: Request, started_s: float) -> Event:
-        if request.task != self._spec.task:
-            raise BadRequest(f"This model does {self._spec.task} only.")
+    async def answer(self, request_id: str, request: Request, started_s: float) -> Event:
         if isinstance(request, GenerateRequest):
             return await self._generate(request_id, request, started_s)
         if isinstance(request, EmbedRequest):

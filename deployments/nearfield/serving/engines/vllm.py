@@ -6,16 +6,13 @@ bad request in the same words on either; vLLM batches, decodes and constrains.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import threading
 import time
 from typing import Any, cast
 
 from nearfield.api.events import (
     Completed,
     Event,
-    Failed,
     FinishReason,
     GenerateRequest,
     Request,
@@ -24,9 +21,14 @@ from nearfield.api.events import (
     TokenLogprob,
 )
 from nearfield.api.tools import detect
-from nearfield.core.errors import BadRequest, DeadlineExceeded, EngineFailed, NearfieldError
+from nearfield.core.errors import BadRequest
 from nearfield.core.spec import VllmEngine as VllmSpec
-from nearfield.serving.engines.base import Capabilities, Engine, EngineContext, EngineStats
+from nearfield.serving.engines.base import (
+    Capabilities,
+    EngineContext,
+    EngineStats,
+    LoopEngine,
+)
 from nearfield.serving.engines.grammar import tool_call_rule
 from nearfield.serving.engines.prompt import prepare
 from nearfield.serving.engines.text import TextModel
@@ -34,8 +36,8 @@ from nearfield.serving.engines.text import TextModel
 log = logging.getLogger("nearfield.engine")
 
 
-class VllmEngine(Engine):
-    """One vLLM `AsyncLLM`, driven from an event loop of its own."""
+class VllmEngine(LoopEngine):
+    """One vLLM `AsyncLLM`."""
 
     def load(self, context: EngineContext) -> Capabilities:
         try:
@@ -49,7 +51,6 @@ class VllmEngine(Engine):
         if context.weights is None:
             raise BadRequest("engine vllm needs a source")
         spec = self._spec = cast(VllmSpec, context.spec.engine)
-        self._emit = context.emit
         self.text = TextModel(context.weights)
         self._tool_format = detect(self.text.template_source or "")
         args: dict[str, Any] = {
@@ -62,14 +63,11 @@ class VllmEngine(Engine):
             "trust_remote_code": False,
             "structured_outputs_config": {"backend": "guidance"},
         }
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.start_loop(context.emit, ["generate"])
         self._tokens = 0
         try:
             engine_args = AsyncEngineArgs(**(args | spec.engine_args))
-            start = asyncio.run_coroutine_threadsafe(_build(AsyncLLM, engine_args), self._loop)
-            self._llm = start.result()
+            self._llm = self.run(_build(AsyncLLM, engine_args))
         except (ValueError, RuntimeError, TypeError) as error:
             first = str(error).strip().split("\n")[0][:300]
             raise BadRequest(f"vLLM cannot serve this model: {first}") from error
@@ -85,45 +83,12 @@ class VllmEngine(Engine):
             detail={"dtype": str(config.dtype), "device": "cuda"},
         )
 
-    def submit(self, request_id: str, request: Request) -> None:
-        try:
-            if not isinstance(request, GenerateRequest):
-                raise BadRequest("This model generates text; it takes no other requests.")
-            prompt, max_tokens = prepare(
-                self.text,
-                request,
-                vocab_size=self._vocab_size,
-                max_model_len=self._max_model_len,
-                default_max_tokens=self._spec.default_max_tokens,
-            )
-            params = self._params(request, max_tokens)
-        except NearfieldError as error:
-            self._emit([(request_id, Failed(error))])
-            return
-        except ValueError as error:  # vLLM's own checks of sampling parameters and schemas
-            self._emit([(request_id, Failed(BadRequest(str(error)[:300])))])
-            return
-
-        def start() -> None:
-            task = self._loop.create_task(self._answer(request_id, request, prompt, params))
-            self._tasks[request_id] = task
-            task.add_done_callback(lambda _: self._tasks.pop(request_id, None))
-
-        self._loop.call_soon_threadsafe(start)
-
-    def cancel(self, request_id: str) -> None:
-        def stop() -> None:
-            if task := self._tasks.get(request_id):
-                task.cancel()
-
-        self._loop.call_soon_threadsafe(stop)
-
     def stats(self) -> EngineStats:
         return EngineStats(running=len(self._tasks), tokens=self._tokens)
 
     def close(self) -> None:
         self._llm.shutdown()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        super().close()
 
     def _params(self, request: GenerateRequest, max_tokens: int) -> Any:
         from vllm import SamplingParams
@@ -160,26 +125,19 @@ class VllmEngine(Engine):
             output_kind=RequestOutputKind.DELTA,
         )
 
-    async def _answer(
-        self, request_id: str, request: GenerateRequest, prompt: list[int], params: Any
-    ) -> None:
+    async def answer(self, request_id: str, request: Request, started_s: float) -> Event:
+        assert isinstance(request, GenerateRequest)
+        prompt, max_tokens = prepare(
+            self.text,
+            request,
+            vocab_size=self._vocab_size,
+            max_model_len=self._max_model_len,
+            default_max_tokens=self._spec.default_max_tokens,
+        )
         try:
-            deadline_s = request.deadline_s
-            async with asyncio.timeout(
-                None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-            ):
-                end = await self._stream(request_id, request, prompt, params)
-        except TimeoutError:
-            end = Failed(DeadlineExceeded("The request's deadline passed before its answer."))
-        except Exception:
-            log.exception("vLLM failed on a request")
-            end = Failed(EngineFailed("The model failed on this request."))
-        self._emit([(request_id, end)])
-
-    async def _stream(
-        self, request_id: str, request: GenerateRequest, prompt: list[int], params: Any
-    ) -> Event:
-        arrived_s = time.monotonic()
+            params = self._params(request, max_tokens)
+        except ValueError as error:  # vLLM's own checks of sampling parameters and schemas
+            raise BadRequest(str(error)[:300]) from error
         first_s: float | None = None
         completion_tokens = cached_tokens = 0
         if request.echo:
@@ -197,7 +155,7 @@ class VllmEngine(Engine):
             self._emit(events)
         now_s = time.monotonic()
         first_s = first_s or now_s
-        timings = Timings(arrived_s, prefill_s=first_s - arrived_s, decode_s=now_s - first_s)
+        timings = Timings(started_s, prefill_s=first_s - started_s, decode_s=now_s - first_s)
         return Completed(len(prompt), completion_tokens, timings, cached_tokens)
 
     def _text(self, part: Any, logprobs: int | None) -> Text:

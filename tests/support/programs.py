@@ -6,6 +6,7 @@ A prompt is a small program: words separated by spaces, each done in turn.
     exit:CODE    end the process at once        segv           crash as native code does
     stop         SIGSTOP the own process        raise          fail as Python code does
     touch:PATH   note that we came by here      block:SECONDS  stop the event loop so long
+    wait:PATH    until that file is there
 """
 
 from __future__ import annotations
@@ -66,6 +67,9 @@ class Programs(FunctionEngine):
                 yield value
             elif verb == "sleep":
                 await asyncio.sleep(float(value))
+            elif verb == "wait":
+                while not Path(value).exists():  # noqa: ASYNC110, ASYNC240 (another process)
+                    await asyncio.sleep(0.005)
             elif verb == "block":
                 time.sleep(float(value))  # noqa: ASYNC251 (it is meant to block everybody)
             elif verb == "exit":

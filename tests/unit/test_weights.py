@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,8 @@ from moto.server import ThreadedMotoServer
 from nearfield.core.errors import BadRequest, NearfieldError, NotFound, Unavailable
 from nearfield.core.spec import ModelSpec
 from nearfield.weights import resolve
+
+from tests.support.hub import hub
 
 
 def spec(source: str, **more: Any) -> ModelSpec:
@@ -148,12 +153,56 @@ def test_an_unreachable_store_says_what_to_check() -> None:
         resolve(spec("s3://models/x", s3_endpoint_url="http://127.0.0.1:9"))
 
 
-def test_an_unreachable_hub_says_what_to_check(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import huggingface_hub.constants
+# ---- the hub: in a process of its own, because its client reads the environment once ----------
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(Unavailable, match="HF_ENDPOINT"):
-        resolve(spec("hf://nobody/nothing-here"))
+RESOLVE = """
+import sys
+from nearfield.core.errors import NearfieldError
+from nearfield.core.spec import ModelSpec
+from nearfield.weights import resolve
+for source in sys.argv[1:]:
+    try:
+        print(resolve(ModelSpec(model="m", engine="embed", source=source)))
+    except NearfieldError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def from_hub(url: str, cache: Path, *sources: str) -> list[str]:
+    environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", RESOLVE, *sources],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+def test_a_model_comes_from_the_hub_once_and_without_code(tmp_path: Path) -> None:
+    files = {
+        "model.safetensors": b"weights",
+        "config.json": b"{}",
+        "onnx/model.onnx": b"graph",
+        "modeling.py": b"evil()",
+        "pytorch_model.bin": b"pickle",
+    }
+    with hub({"org/small@main": files, "org/small@v2": files}) as (url, asked):
+        first, pinned, absent = from_hub(
+            url, tmp_path, "hf://org/small", "hf://org/small@v2", "hf://org/none"
+        )
+    assert first == pinned
+    assert "NotFound source hf://org/none" in absent
+    assert "HF_TOKEN" in absent
+    fetched = {str(f.relative_to(first)) for f in Path(first).rglob("*") if f.is_file()}
+    assert fetched == {"model.safetensors", "config.json", "onnx/model.onnx"}
+    assert (Path(first) / "model.safetensors").read_bytes() == b"weights"
+    assert sum("GET /org/small/resolve" in line for line in asked) == len(fetched)
+    # The hub is gone: what was fetched still serves, what was not says what to check.
+    again, unreachable = from_hub(url, tmp_path, "hf://org/small", "hf://org/other")
+    assert again == first
+    assert "Unavailable source hf://org/other" in unreachable
+    assert "HF_ENDPOINT" in unreachable

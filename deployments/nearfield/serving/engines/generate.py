@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -21,12 +20,10 @@ from nearfield.api.events import (
     Completed,
     Event,
     Failed,
-    FinishReason,
     GenerateRequest,
     Request,
     Text,
     Timings,
-    TokenLogprob,
 )
 from nearfield.api.tools import detect
 from nearfield.core.errors import (
@@ -43,62 +40,10 @@ from nearfield.serving.engines.decoder import Span
 from nearfield.serving.engines.grammar import GrammarCompiler, Matcher
 from nearfield.serving.engines.prompt import prepare
 from nearfield.serving.engines.sampling import Chooser, Chosen, choose
+from nearfield.serving.engines.sequence import Group, Prefill, Running
 from nearfield.serving.engines.text import StopScanner, TextModel
-from tokenizers.decoders import DecodeStream
 
 log = logging.getLogger("nearfield.engine")
-
-
-@dataclass(slots=True)
-class Running:
-    """One choice of one request, in the batch."""
-
-    group: Group
-    choice: int
-    chooser: Chooser
-    decoder: DecodeStream
-    scanner: StopScanner
-    length: int = 0
-    produced: int = 0
-    next_token: int = 0
-    unread: list[int] = field(default_factory=list)
-    unsent_tokens: int = 0
-    unsent_logprobs: list[TokenLogprob] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Group:
-    """A request: its prompt, its sequences, and when things happened (monotonic seconds)."""
-
-    request_id: str
-    request: GenerateRequest
-    prompt: list[int]
-    max_tokens: int
-    matcher: Matcher | None
-    arrived_s: float
-    joined_s: float = 0.0
-    first_token_s: float = 0.0
-    running: list[Running] = field(default_factory=list)
-    completion_tokens: int = 0
-    steps: int = 0
-    batch_size: int = 1
-    cancelled: bool = False
-
-    @property
-    def reserved_tokens(self) -> int:
-        return len(self.prompt) + self.max_tokens
-
-
-@dataclass(slots=True)
-class Prefill:
-    """Prompts being computed: rows n.. of the batch, `done` columns of each."""
-
-    groups: list[Group]
-    done: int = 0
-
-    @property
-    def width(self) -> int:
-        return max(len(group.prompt) for group in self.groups)
 
 
 class GenerateEngine(Engine):
@@ -461,12 +406,10 @@ class GenerateEngine(Engine):
         for row, choice in enumerate(chosen, start=first):
             sequence = self._sequences[row]
             group = sequence.group
-            sequence.next_token = choice.token
-            sequence.produced += 1
             group.completion_tokens += 1
             group.steps += 1
             group.batch_size = max(group.batch_size, batch)
-            text = self._advance(sequence, choice)
+            text = sequence.advance(choice, self.text)
             if text is None:
                 continue
             events.append((group.request_id, text))
@@ -490,44 +433,3 @@ class GenerateEngine(Engine):
         )
         done = Completed(len(group.prompt), group.completion_tokens, timings)
         self._end(group, done, events)
-
-    def _advance(self, sequence: Running, chosen: Chosen) -> Text | None:
-        """Turn a token into text and see whether the sequence ends; None: nothing to say yet."""
-        group, sampling = sequence.group, sequence.group.request.sampling
-        matcher = sequence.chooser.matcher
-        reason: FinishReason | None = None
-        stop_reason: str | None = None
-        text = ""
-        if chosen.token in self.text.eos_ids and not sampling.ignore_eos:
-            reason = "stop"
-        else:
-            text = self.text.step(sequence.decoder, chosen.token)
-            sequence.unread = [] if text else [*sequence.unread, chosen.token]
-            if matcher is not None:
-                matcher.accept(chosen.token)
-                if matcher.failed or matcher.finished:
-                    reason = "stop"
-            if chosen.logprob is not None:
-                sequence.unsent_logprobs.append(self._logprob(chosen))
-        if text:
-            text, stop_reason = sequence.scanner.feed(text)
-            if stop_reason is not None:
-                reason = "stop"
-        if reason is None and sequence.produced >= group.max_tokens:
-            reason = "length"
-        if reason is not None and stop_reason is None:
-            # What the stop scanner held back, and bytes that never became a character.
-            text += sequence.scanner.flush() + self.text.tokenizer.decode(sequence.unread)
-        sequence.unsent_tokens += 1
-        if not text and reason is None:
-            return None
-        logprobs = tuple(sequence.unsent_logprobs) if sampling.logprobs is not None else None
-        event = Text(text, sequence.choice, sequence.unsent_tokens, reason, stop_reason, logprobs)
-        sequence.unsent_tokens = 0
-        sequence.unsent_logprobs = []
-        return event
-
-    def _logprob(self, chosen: Chosen) -> TokenLogprob:
-        text, raw = self.text.token(chosen.token)
-        top = tuple((*self.text.token(token), logprob) for token, logprob in chosen.top)
-        return TokenLogprob(text, raw, chosen.logprob or 0.0, top)

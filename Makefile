@@ -1,6 +1,7 @@
 # Every target sets up what it needs first, from Python 3.11+ and nothing else; once that is done it costs 0.1 s.
 #   make run            a running endpoint on this machine      make lint    formatting, types, import rules
 #   make test           all tests     make test-fast  seconds   make lock    write the lock files anew
+#   make bench          against the peers, on an idle machine; BENCH_ARGS='embed --rounds 1'
 # VENV=path uses another virtual environment, PYTHON=path another interpreter, PYTEST_ARGS='-k router -x' picks tests.
 VENV ?= .venv
 export VENV
@@ -11,7 +12,7 @@ SLOW_TESTS = $(sort $(shell find $(SLOW) -name 'test_*.py' 2>/dev/null))
 PYTEST = $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 .NOTPARALLEL:
-.PHONY: run test test-fast test-slow setup lint format lock clean
+.PHONY: run test test-fast test-slow setup bench lint format lock clean
 
 run:
 	@scripts/bootstrap.sh run
@@ -27,6 +28,9 @@ test-slow: setup
 
 setup:
 	@scripts/bootstrap.sh test
+
+bench: setup
+	$(VENV)/bin/python -m benchmarks run $(BENCH_ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

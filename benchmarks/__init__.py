@@ -1,0 +1,1 @@
+"""Speed of nearfield next to its peers and to the limit of the machine: `make bench`."""

@@ -1,0 +1,64 @@
+"""Ray Serve with `@serve.batch`, through whichever ingress the environment has chosen.
+
+The replica computes in a thread, so that it goes on reading requests while it does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+
+import orjson
+import ray
+from encoder import MAX_BATCH, Encoder
+from ray import serve
+from starlette.requests import Request
+from starlette.responses import Response
+
+BATCH_WAIT_S = float(os.environ.get("BENCH_BATCH_WAIT_S", "0.002"))
+FORWARDED = ("BENCH_", "OMP_", "PYTHONPATH", "RAY_SERVE_", "HF_", "TOKENIZERS_")
+
+
+@serve.deployment(max_ongoing_requests=256)
+class Embed:
+    def __init__(self) -> None:
+        self.encoder = Encoder()
+
+    @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=BATCH_WAIT_S)
+    async def encode(self, texts: list[str]) -> list:
+        return list(await asyncio.to_thread(self.encoder.encode, texts))
+
+    async def __call__(self, request: Request) -> Response:
+        vector = await self.encode((await request.json())["text"])
+        body = orjson.dumps({"embedding": vector}, option=orjson.OPT_SERIALIZE_NUMPY)
+        return Response(body, media_type="application/json")
+
+
+def main() -> None:
+    stop = threading.Event()
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, lambda *_: stop.set())
+    forwarded = {k: v for k, v in os.environ.items() if k.startswith(FORWARDED)}
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        _temp_dir=os.environ["BENCH_RAY_DIR"],
+        runtime_env={"env_vars": forwarded},
+    )
+    try:
+        port = int(os.environ["BENCH_PORT"])
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(Embed.bind(), route_prefix="/embed")
+        print("bench: ready", flush=True)
+        stop.wait()
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -75,6 +75,7 @@ class Connection(asyncio.Protocol):
         self._to_the_end = False
         self._stream = False
         self.closed = False
+        self.last = False  # the server takes no more requests on it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -121,6 +122,7 @@ class Connection(asyncio.Protocol):
         self._chunked = b"transfer-encoding: chunked" in head
         at = head.find(b"content-length:")
         self._to_the_end = at < 0 and not self._chunked
+        self.last = b"connection: close" in head
         self._left = int(head[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
         self._in_body = True
         return True
@@ -186,6 +188,9 @@ async def drive(job: Job) -> list[Sample]:
             if sample.status != 200:
                 raise BadAnswer(f"status {sample.status}: {bytes(sample.body[:300])!r}")
             samples.append(sample)
+            if connection.last:
+                connection.transport.close()
+                connection = None
         if connection is not None:
             connection.transport.close()
 

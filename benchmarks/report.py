@@ -62,15 +62,16 @@ LIMITS: dict[str, tuple[Column, ...]] = {
     "embed": (
         *(
             Column(f"{runtime}_batch_{batch}", f"{runtime}, batch {batch}: sentences/s", 0)
-            for runtime in ("onnx", "openvino", "torch")
+            for runtime in ("onnx", "openvino", "compiled", "torch")
             for batch in (1, 4, 8, 16, 32, 64)
         ),
         *(
             Column(f"{runtime}_alone_p50_ms", f"{runtime}, alone: p50, ms", 2)
-            for runtime in ("onnx", "openvino", "torch")
+            for runtime in ("onnx", "openvino", "compiled", "torch")
         ),
         Column("onnx_cosine", "onnx: least cosine to torch", 6, spread=False),
         Column("openvino_cosine", "openvino: least cosine to torch", 6, spread=False),
+        Column("compiled_cosine", "compiled: least cosine to torch", 6, spread=False),
     ),
     "generate": (
         *(

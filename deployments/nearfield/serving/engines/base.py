@@ -27,7 +27,7 @@ from collections.abc import (
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from nearfield.api.events import (
@@ -50,6 +50,7 @@ from numpy.typing import NDArray
 
 Emit = Callable[[Sequence[tuple[str, Event]]], None]
 Result = TypeVar("Result")
+Job = TypeVar("Job")
 log = logging.getLogger("nearfield.engine")
 
 
@@ -150,6 +151,59 @@ class Engine(abc.ABC):
 
     def close(self) -> None:  # noqa: B027 - nothing to let go of is the usual case
         """Let go of threads and devices."""
+
+
+class ThreadEngine(Engine, Generic[Job]):
+    """An engine that computes in one thread, on whatever waits when it is free.
+
+    Call `prepare_thread` first in `load` and `start_thread` last. `_jobs` holds every request that
+    has no answer yet; whoever takes one out of it is the one to answer. `_wake` guards it, and
+    what `enqueue` fills.
+    """
+
+    def prepare_thread(self, emit: Emit) -> None:
+        self._emit = emit
+        self._jobs: dict[str, Job] = {}
+        self._wake = threading.Condition()
+        self._closed = False
+        self._running = self._steps = self._tokens = 0
+
+    def start_thread(self) -> None:
+        self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
+        self._thread.start()
+
+    @abc.abstractmethod
+    def job(self, request_id: str, request: Request) -> Job:
+        """Check and prepare a request, in any thread.
+
+        Raises:
+            BadRequest: what is wrong with it.
+        """
+
+    @abc.abstractmethod
+    def enqueue(self, job: Job) -> None:
+        """Let it wait for the thread. `_wake` is held."""
+
+    @abc.abstractmethod
+    def run(self) -> None:
+        """What the thread does, until `_closed`."""
+
+    def submit(self, request_id: str, request: Request) -> None:
+        try:
+            job = self.job(request_id, request)
+        except NearfieldError as error:
+            self._emit([(request_id, Failed(error))])
+            return
+        with self._wake:
+            self._jobs[request_id] = job
+            self.enqueue(job)
+            self._wake.notify()
+
+    def close(self) -> None:
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join(timeout=10)
 
 
 class LoopEngine(Engine):

@@ -11,7 +11,6 @@ faithful one measured on CPUs (docs/adr/0006); everything else, and every GPU, o
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -23,7 +22,12 @@ from nearfield.api.events import Embedded, EmbedRequest, Event, Failed, Request,
 from nearfield.core.errors import BadRequest, DeadlineExceeded, EngineFailed, NearfieldError
 from nearfield.core.spec import EmbedEngine as EmbedSpec
 from nearfield.policy.batching import BatchCost, next_batch
-from nearfield.serving.engines.base import Capabilities, Engine, EngineContext, EngineStats
+from nearfield.serving.engines.base import (
+    Capabilities,
+    EngineContext,
+    EngineStats,
+    ThreadEngine,
+)
 from nearfield.serving.engines.embed_runtimes import EmbedModel, Runtime, open_runtime
 from nearfield.serving.engines.text import load_tokenizer
 from numpy.typing import NDArray
@@ -58,12 +62,12 @@ class Item:
         self.length = len(self.job.tokens[self.index])
 
 
-class EmbedEngine(Engine):
+class EmbedEngine(ThreadEngine[Job]):
     """Adaptive batching over a `Runtime`."""
 
     def load(self, context: EngineContext) -> Capabilities:
         spec = self._spec = cast(EmbedSpec, context.spec.engine)
-        self._emit = context.emit
+        self.prepare_thread(context.emit)
         if context.weights is None:
             raise BadRequest("engine embed needs a source")
         model = self._model = EmbedModel.read(context.weights, spec)
@@ -72,14 +76,9 @@ class EmbedEngine(Engine):
         self._tokenizer.no_truncation()
         self._runtime: Runtime = open_runtime(model, context.spec, context.threads)
         self._cost = BatchCost()
-        self._jobs: dict[str, Job] = {}
         self._waiting: deque[Item] = deque()
-        self._wake = threading.Condition()
-        self._closed = False
-        self._running = self._steps = self._tokens = 0
         self._warm_up()
-        self._thread = threading.Thread(target=self._run, name="embed", daemon=True)
-        self._thread.start()
+        self.start_thread()
         return Capabilities(
             tasks=frozenset({"embed"}),
             platform=f"nearfield_embed_{self._runtime.name}",
@@ -95,17 +94,6 @@ class EmbedEngine(Engine):
         )
 
     # ---- any thread -------------------------------------------------------------------------
-
-    def submit(self, request_id: str, request: Request) -> None:
-        try:
-            job = self._job(request_id, request)
-        except NearfieldError as error:
-            self._emit([(request_id, Failed(error))])
-            return
-        with self._wake:
-            self._jobs[request_id] = job
-            self._waiting.extend(Item(job, index) for index in range(len(job.tokens)))
-            self._wake.notify()
 
     def cancel(self, request_id: str) -> None:
         with self._wake:
@@ -127,13 +115,10 @@ class EmbedEngine(Engine):
             tokens=self._tokens,
         )
 
-    def close(self) -> None:
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        self._thread.join(timeout=10)
+    def enqueue(self, job: Job) -> None:
+        self._waiting.extend(Item(job, index) for index in range(len(job.tokens)))
 
-    def _job(self, request_id: str, request: Request) -> Job:
+    def job(self, request_id: str, request: Request) -> Job:
         """Check and tokenise a request.
 
         Raises:
@@ -196,7 +181,7 @@ class EmbedEngine(Engine):
         self._cost = self._cost.learn(len(batch), width, time.perf_counter() - began_s)
         return vectors
 
-    def _run(self) -> None:
+    def run(self) -> None:
         while True:
             with self._wake:
                 while not (self._closed or self._waiting):

@@ -9,7 +9,6 @@ grammar compilation happen before, on the thread that submits.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -30,11 +29,15 @@ from nearfield.core.errors import (
     BadRequest,
     DeadlineExceeded,
     EngineFailed,
-    NearfieldError,
 )
 from nearfield.core.spec import GenerateEngine as GenerateSpec
 from nearfield.policy.admission import admit
-from nearfield.serving.engines.base import Capabilities, Emit, Engine, EngineContext, EngineStats
+from nearfield.serving.engines.base import (
+    Capabilities,
+    EngineContext,
+    EngineStats,
+    ThreadEngine,
+)
 from nearfield.serving.engines.checkpoint import load_decoder
 from nearfield.serving.engines.decoder import Span
 from nearfield.serving.engines.grammar import GrammarCompiler, Matcher
@@ -46,13 +49,13 @@ from nearfield.serving.engines.text import StopScanner, TextModel
 log = logging.getLogger("nearfield.engine")
 
 
-class GenerateEngine(Engine):
+class GenerateEngine(ThreadEngine[Group]):
     """Continuous batching over a `Decoder`."""
 
     def load(self, context: EngineContext) -> Capabilities:
         spec = context.spec
         self._spec = cast(GenerateSpec, spec.engine)
-        self._emit: Emit = context.emit
+        self.prepare_thread(context.emit)
         if context.weights is None:
             raise BadRequest("engine generate needs a source")
         torch.set_num_threads(context.threads)
@@ -61,17 +64,12 @@ class GenerateEngine(Engine):
         self.max_model_len = checkpoint.max_model_len
         tool_format = detect(self.text.template_source or "")
         self._grammars = GrammarCompiler(self.text, self.decoder.vocab_size, tool_format)
-        self._groups: dict[str, Group] = {}
         self._arrivals: deque[Group] = deque()
         self._waiting: deque[Group] = deque()
         self._sequences: list[Running] = []
         self._prefill: Prefill | None = None
-        self._wake = threading.Condition()
-        self._closed = False
-        self._steps = self._tokens = 0
         self._warm_up()
-        self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
-        self._thread.start()
+        self.start_thread()
         return Capabilities(
             tasks=frozenset({"generate"}),
             platform="nearfield_generate",
@@ -92,24 +90,9 @@ class GenerateEngine(Engine):
 
     # ---- any thread -------------------------------------------------------------------------
 
-    def submit(self, request_id: str, request: Request) -> None:
-        try:
-            group = self._group(request_id, request)
-        except NearfieldError as error:
-            self._emit([(request_id, Failed(error))])
-            return
-        if isinstance(request, GenerateRequest) and request.echo:
-            prompt = self.text.tokenizer.decode(group.prompt)
-            echoes = [(request_id, Text(prompt, i, tokens=0)) for i in range(request.n)]
-            self._emit(echoes)
-        with self._wake:
-            self._groups[request_id] = group
-            self._arrivals.append(group)
-            self._wake.notify()
-
     def cancel(self, request_id: str) -> None:
         with self._wake:
-            if group := self._groups.pop(request_id, None):
+            if group := self._jobs.pop(request_id, None):
                 group.cancelled = True
                 self._wake.notify()
 
@@ -130,13 +113,10 @@ class GenerateEngine(Engine):
             tokens=self._tokens,
         )
 
-    def close(self) -> None:
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        self._thread.join(timeout=10)
+    def enqueue(self, job: Group) -> None:
+        self._arrivals.append(job)
 
-    def _group(self, request_id: str, request: Request) -> Group:
+    def job(self, request_id: str, request: Request) -> Group:
         """Check and tokenise a request.
 
         Raises:
@@ -172,6 +152,9 @@ class GenerateEngine(Engine):
                 param="n" if request.n > 1 else "max_tokens",
                 code="context_length_exceeded",
             )
+        if request.echo:
+            echo = self.text.tokenizer.decode(prompt)
+            self._emit([(request_id, Text(echo, i, tokens=0)) for i in range(request.n)])
         return group
 
     def _matcher(self, request: GenerateRequest) -> Matcher | None:
@@ -198,7 +181,7 @@ class GenerateEngine(Engine):
                 for _ in range(2):
                     self.decoder.forward(tokens, Span(0, start, 16), None)
 
-    def _run(self) -> None:
+    def run(self) -> None:
         with torch.inference_mode():
             while True:
                 with self._wake:
@@ -246,7 +229,7 @@ class GenerateEngine(Engine):
 
     def _end(self, group: Group, event: Event, events: list[tuple[str, Event]]) -> None:
         with self._wake:
-            known = self._groups.pop(group.request_id, None) is not None
+            known = self._jobs.pop(group.request_id, None) is not None
         if known:
             events.append((group.request_id, event))
 

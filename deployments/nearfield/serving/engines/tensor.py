@@ -7,7 +7,6 @@ along it, waiting at most `max_wait_ms` for company.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -22,15 +21,14 @@ from nearfield.core.errors import (
     BadRequest,
     DeadlineExceeded,
     EngineFailed,
-    NearfieldError,
 )
 from nearfield.core.spec import TensorEngine as TensorSpec
 from nearfield.serving.engines.base import (
     Capabilities,
-    Engine,
     EngineContext,
     EngineStats,
     TensorMetadata,
+    ThreadEngine,
 )
 from numpy.typing import NDArray
 
@@ -71,12 +69,12 @@ class Job:
         return all(ours[name].shape[1:] == theirs[name].shape[1:] for name in ours)
 
 
-class TensorEngine(Engine):
+class TensorEngine(ThreadEngine[Job]):
     """One ONNX Runtime session and the thread that runs it."""
 
     def load(self, context: EngineContext) -> Capabilities:
         spec = self._spec = cast(TensorSpec, context.spec.engine)
-        self._emit = context.emit
+        self.prepare_thread(context.emit)
         if context.weights is None:
             raise BadRequest("engine tensor needs a source")
         file = context.weights / spec.file
@@ -100,13 +98,8 @@ class TensorEngine(Engine):
         self._batches = spec.max_batch > 1
         if self._batches:
             self._require_free_rows()
-        self._jobs: dict[str, Job] = {}
         self._waiting: deque[Job] = deque()
-        self._wake = threading.Condition()
-        self._closed = False
-        self._running = self._steps = 0
-        self._thread = threading.Thread(target=self._run, name="tensor", daemon=True)
-        self._thread.start()
+        self.start_thread()
         return Capabilities(
             tasks=frozenset({"tensor"}),
             platform="onnxruntime_onnx",
@@ -126,17 +119,6 @@ class TensorEngine(Engine):
 
     # ---- any thread -------------------------------------------------------------------------
 
-    def submit(self, request_id: str, request: Request) -> None:
-        try:
-            job = self._job(request_id, request)
-        except NearfieldError as error:
-            self._emit([(request_id, Failed(error))])
-            return
-        with self._wake:
-            self._jobs[request_id] = job
-            self._waiting.append(job)
-            self._wake.notify()
-
     def cancel(self, request_id: str) -> None:
         with self._wake:
             if job := self._jobs.pop(request_id, None):
@@ -154,13 +136,10 @@ class TensorEngine(Engine):
             batch_size=self._running,
         )
 
-    def close(self) -> None:
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        self._thread.join(timeout=10)
+    def enqueue(self, job: Job) -> None:
+        self._waiting.append(job)
 
-    def _job(self, request_id: str, request: Request) -> Job:
+    def job(self, request_id: str, request: Request) -> Job:
         """Check a request against the model's metadata.
 
         Raises:
@@ -196,7 +175,7 @@ class TensorEngine(Engine):
 
     # ---- the model's thread -----------------------------------------------------------------
 
-    def _run(self) -> None:
+    def run(self) -> None:
         while True:
             with self._wake:
                 while not (self._closed or self._waiting):

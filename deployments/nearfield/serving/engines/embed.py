@@ -1,11 +1,12 @@
-"""Sentence embeddings with adaptive batching and length bucketing.
+"""Sentence embeddings with adaptive batching.
 
-Inputs are tokenised as they arrive; one thread takes batches of like length by
-`policy.batching` and computes them. An input is the unit: the inputs of one request may go in
-different batches, and its answer leaves when the last of them is computed.
+Inputs are tokenised as they arrive; one thread takes batches by `policy.batching` and computes
+them. An input is the unit: the inputs of one request may go in different batches, and its answer
+leaves when the last of them is computed.
 
-Runtimes: BERT encoders run on ONNX Runtime over a graph we build (`bert_onnx`), the fastest
-faithful one measured on CPUs (docs/adr/0006); everything else, and every GPU, on torch.
+Runtimes: BERT encoders run on OpenVINO or ONNX Runtime over a graph we build, whose batches are
+packed without padding (`bert_onnx`, docs/adr/0006); everything else, and every GPU, on torch, in
+batches of like length.
 """
 
 from __future__ import annotations
@@ -177,8 +178,10 @@ class EmbedEngine(ThreadEngine[Job]):
     def _compute(self, batch: list[list[int]]) -> NDArray[np.float32]:
         began_s = time.perf_counter()
         vectors = self._runtime.embed(batch)
-        width = max(map(len, batch))
-        self._cost = self._cost.learn(len(batch), width, time.perf_counter() - began_s)
+        took_s = time.perf_counter() - began_s
+        lengths = [len(tokens) for tokens in batch]
+        tokens = sum(lengths) if self._runtime.packs else len(lengths) * max(lengths)
+        self._cost = self._cost.learn(tokens, took_s)
         return vectors
 
     def run(self) -> None:
@@ -214,6 +217,7 @@ class EmbedEngine(ThreadEngine[Job]):
             self._cost,
             max_batch=self._spec.max_batch,
             left_s=self._spec.slo_ms / 1000 - waited_s,
+            packed=self._runtime.packs,
         )
         batch = [self._waiting[index] for index in chosen]
         taken = set(chosen)

@@ -1,12 +1,14 @@
-"""What computes embeddings: ONNX Runtime over our own BERT graph, OpenVINO over the same graph,
-or torch over transformers' module."""
+"""What computes embeddings: OpenVINO or ONNX Runtime over our own packed BERT graph, or torch over
+transformers' module."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from nearfield.core.errors import BadRequest
@@ -88,11 +90,16 @@ def _pooling(directory: Path) -> bert_onnx.Pooling:
 
 
 class Runtime(Protocol):
-    """Computes a batch. Called from one thread."""
+    """Computes a batch. Called from one thread.
+
+    Attributes:
+        packs: a batch costs what its tokens cost; else what the rectangle around them does.
+    """
 
     name: str
     dimensions: int
     dtype: str
+    packs: bool
 
     def embed(self, batch: list[list[int]]) -> NDArray[np.float32]:
         """Vectors [rows, dimensions] of token lists."""
@@ -112,7 +119,7 @@ def open_runtime(model: EmbedModel, spec: ModelSpec, threads: int) -> Runtime:
     on_gpu = spec.device == "cuda" or (spec.device == "auto" and _gpu_visible())
     plain = spec.dtype in ("auto", "float32")
     if wanted == "auto":
-        wanted = "onnx" if shape is not None and not on_gpu and plain else "torch"
+        wanted = _fastest_on_cpu() if shape is not None and not on_gpu and plain else "torch"
     if wanted == "torch":
         return _Torch(model, spec, threads)
     if shape is None:
@@ -126,8 +133,14 @@ def open_runtime(model: EmbedModel, spec: ModelSpec, threads: int) -> Runtime:
             f"{spec.dtype} on device {spec.device}."
         )
     with _checkpoint(model) as weight:
-        graph = bert_onnx.build(shape, weight, pooling=model.pooling, normalize=model.normalize)
-    return _Onnx(graph, threads) if wanted == "onnx" else _OpenVino(graph, threads)
+        graph = bert_onnx.build(shape, weight, normalize=model.normalize)
+    return (_Onnx if wanted == "onnx" else _OpenVino)(graph, model.pooling, threads)
+
+
+def _fastest_on_cpu() -> Literal["openvino", "onnx"]:
+    """By the measurements of docs/adr/0006; `make bench` repeats them."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return "openvino" if x86 and find_spec("openvino") else "onnx"
 
 
 def _gpu_visible() -> bool:
@@ -163,21 +176,12 @@ class _checkpoint:  # noqa: N801 - a context manager, used as a function
         return tensor.astype(np.float32, copy=False)
 
 
-def _padded(batch: list[list[int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    width = max(1, *map(len, batch)) if len(batch) > 1 else max(1, len(batch[0]))
-    ids = np.zeros((len(batch), width), dtype=np.int32)
-    mask = np.zeros((len(batch), width), dtype=np.int32)
-    for row, tokens in enumerate(batch):
-        ids[row, : len(tokens)] = tokens
-        mask[row, : len(tokens)] = 1
-    return ids, mask
-
-
 class _Onnx:
     name = "onnx"
     dtype = "float32"
+    packs = True
 
-    def __init__(self, graph: bytes, threads: int) -> None:
+    def __init__(self, graph: bytes, pooling: bert_onnx.Pooling, threads: int) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -187,19 +191,21 @@ class _Onnx:
         self._session = onnxruntime.InferenceSession(
             graph, options, providers=["CPUExecutionProvider"]
         )
+        self._pooling = pooling
         self.dimensions = int(self._session.get_outputs()[0].shape[1])
 
     def embed(self, batch: list[list[int]]) -> NDArray[np.float32]:
-        ids, mask = _padded(batch)
-        vectors: NDArray[np.float32] = self._session.run(None, {"ids": ids, "mask": mask})[0]
+        inputs = bert_onnx.pack(batch, self._pooling)
+        vectors: NDArray[np.float32] = self._session.run(None, inputs)[0]
         return vectors
 
 
 class _OpenVino:
     name = "openvino"
     dtype = "float32"
+    packs = True
 
-    def __init__(self, graph: bytes, threads: int) -> None:
+    def __init__(self, graph: bytes, pooling: bert_onnx.Pooling, threads: int) -> None:
         try:
             import openvino
         except ImportError as error:
@@ -215,17 +221,18 @@ class _OpenVino:
             first = str(error).strip().split("\n")[0][:200]
             raise BadRequest(f"engine.runtime openvino refuses this model: {first}") from error
         self._request = self._model.create_infer_request()
+        self._pooling = pooling
         self.dimensions = int(self._model.outputs[0].partial_shape[1].get_length())
 
     def embed(self, batch: list[list[int]]) -> NDArray[np.float32]:
-        ids, mask = _padded(batch)
-        result = self._request.infer({"ids": ids, "mask": mask})
+        result = self._request.infer(bert_onnx.pack(batch, self._pooling))
         vectors: NDArray[np.float32] = np.array(result[0])
         return vectors
 
 
 class _Torch:
     name = "torch"
+    packs = False
 
     def __init__(self, model: EmbedModel, spec: ModelSpec, threads: int) -> None:
         import torch
@@ -255,7 +262,11 @@ class _Torch:
 
     def embed(self, batch: list[list[int]]) -> NDArray[np.float32]:
         torch = self._torch
-        ids, mask = (torch.from_numpy(a).long().to(self._device) for a in _padded(batch))
+        width = max(map(len, batch))
+        padded = [[*tokens, *[0] * (width - len(tokens))] for tokens in batch]
+        ids = torch.tensor(padded, device=self._device)
+        lengths = torch.tensor([len(tokens) for tokens in batch], device=self._device)
+        mask = (torch.arange(width, device=self._device) < lengths[:, None]).long()
         with torch.inference_mode():
             hidden = self._module(input_ids=ids, attention_mask=mask).last_hidden_state.float()
             if self._pooling == "cls":

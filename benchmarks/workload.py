@@ -113,18 +113,32 @@ def write_language_model(directory: Path) -> None:
 
 
 def write_encoder_graph(weights: Path, file: Path) -> None:
-    """MiniLM as the ONNX graph that nearfield serves, for the peers marked "+ ORT"."""
-    from nearfield.core.spec import EmbedEngine
-    from nearfield.serving.engines import bert_onnx
-    from nearfield.serving.engines.embed_runtimes import EmbedModel, _checkpoint
+    """MiniLM as torch exports it, for the peers marked "+ ORT": `ids` and `mask`, int64 [batch,
+    width], to hidden states; ONNX Runtime fuses what it recognises."""
+    import torch
+    from transformers import AutoModel
 
-    model = EmbedModel.read(weights, EmbedEngine())
-    shape = bert_onnx.BertShape.of(model.config)
-    assert shape is not None
-    with _checkpoint(model) as weight:
-        file.write_bytes(
-            bert_onnx.build(shape, weight, pooling=model.pooling, normalize=model.normalize)
-        )
+    class Hidden(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = AutoModel.from_pretrained(weights, attn_implementation="eager").eval()
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            hidden: torch.Tensor = self.model(input_ids=ids, attention_mask=mask)[0]
+            return hidden
+
+    sample = torch.ones((2, 8), dtype=torch.long)
+    sizes = {0: "batch", 1: "width"}
+    torch.onnx.export(
+        Hidden(),
+        (sample, sample),
+        str(file),
+        input_names=["ids", "mask"],
+        output_names=["hidden"],
+        dynamic_axes={"ids": sizes, "mask": sizes, "hidden": sizes},
+        opset_version=17,
+        dynamo=False,
+    )
 
 
 def encoder_directory() -> Path:

@@ -2,7 +2,7 @@
 
 Configured by the environment: BENCH_WEIGHTS (MiniLM's directory), BENCH_RUNTIME ("torch":
 sentence-transformers as its model card says; "ort": ONNX Runtime over the graph in BENCH_GRAPH,
-the same that nearfield serves), BENCH_THREADS.
+as torch exports it), BENCH_THREADS.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ class Encoder:
 
     def _encode_ort(self, texts: list[str]) -> np.ndarray:
         encoded = self._tokenizer.encode_batch(texts)
-        inputs = {
-            "ids": np.array([e.ids for e in encoded], dtype=np.int32),
-            "mask": np.array([e.attention_mask for e in encoded], dtype=np.int32),
-        }
-        return self._session.run(None, inputs)[0]
+        ids = np.array([e.ids for e in encoded], dtype=np.int64)
+        mask = np.array([e.attention_mask for e in encoded], dtype=np.int64)
+        hidden = self._session.run(None, {"ids": ids, "mask": mask})[0]
+        weights = mask[:, :, None].astype(np.float32)
+        vectors = (hidden * weights).sum(axis=1) / weights.sum(axis=1)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from nearfield.api.events import (
     EmbedRequest,
@@ -33,9 +32,9 @@ from nearfield.serving.engines.base import Engine, FunctionEngine
 from nearfield.serving.engines.table import ENGINES as KINDS
 from nearfield.serving.engines.table import create_engine
 from nearfield.weights import resolve
-from onnx import TensorProto, helper
 
 from tests.support.engines import Driver
+from tests.support.tensors import write_doubling_model
 from tests.support.tiny_lms import make_lm
 from tests.support.upstream import running_upstream
 
@@ -104,10 +103,7 @@ def _embed(tmp: Path, stack: ExitStack) -> Subject:
 
 
 def _tensor(tmp: Path, stack: ExitStack) -> Subject:
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2]) for name in ("x", "y"))
-    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "g", [x], [y])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(model, tmp / "model.onnx")
+    write_doubling_model(tmp)
     engine = {"kind": "tensor", "max_batch": 8}
     return Subject(
         _load({"engine": engine, "source": f"file://{tmp}"}),

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.integration.conftest import TestRegion
+from tests.support.tensors import write_doubling_model
 
 CHECKS = (
     "not_a_server_error",
@@ -19,15 +21,20 @@ CHECKS = (
     "response_schema_conformance",
     "unsupported_method",
 )
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "fuzz-chat": {"engine": "generate", "source": "builtin://abacus"},
     "fuzz-embed": {"engine": "embed", "source": "builtin://minilm"},
+    "fuzz-tensor": {"engine": {"kind": "tensor", "max_batch": 8}},
 }
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_schemathesis_finds_nothing(region: TestRegion, model: str, tmp_path: Path) -> None:
-    region.deploy_model(model, **MODELS[model])
+    spec = dict(MODELS[model])
+    if "source" not in spec:
+        write_doubling_model(tmp_path)
+        spec["source"] = f"file://{tmp_path}"
+    region.deploy_model(model, **spec)
     url = region.url(model)
     command = [
         *(f"{sys.prefix}/bin/schemathesis", "run", f"{url}/openapi.json", "--url", url),

@@ -44,12 +44,22 @@ def test_answers_are_right() -> None:
 
 
 def test_tool_questions_ask_for_a_tool_on_offer() -> None:
-    calls = [q for q in held_out_questions(2000, seed=4) if q.family == "tools"]
-    assert len(calls) > 50
+    asked = [q for q in held_out_questions(2000, seed=4) if q.family == "tools"]
+    calls = [q for q in asked if q.answer.startswith("<tool_call>")]
     for question in calls:
         call = json.loads(question.answer.removeprefix("<tool_call>").removesuffix("</tool_call>"))
-        assert call["name"] in {t["function"]["name"] for t in question.tools}
-        assert call["arguments"]["city"] in question.question
+        offered = {t["function"]["name"]: t["function"]["parameters"] for t in question.tools}
+        assert list(call["arguments"]) == offered[call["name"]]["required"]
+        assert all(value in question.question for value in call["arguments"].values())
+    followed = [q for q in asked if q.call]
+    assert all(q.answer == q.result for q in followed)
+    assert min(len(calls), len(followed)) > 20
+
+
+def test_small_numbers_are_trained_too() -> None:
+    trained = itertools.islice(training_questions(random.Random(0)), 10_000)
+    small = sum(bool(re.fullmatch(r"(add|sub):\d:\d", q.fact)) for q in trained)
+    assert small > 300
 
 
 def test_training_never_states_a_held_out_fact() -> None:

@@ -277,8 +277,10 @@ def test_generate_is_checked(body: Any, param: str | None) -> None:
 
 
 def test_generate_takes_what_tritons_clients_send() -> None:
-    body = {"text_input": "a", "parameters": {"stream": True, "temperature": 0, "top_k": -1}}
-    request = oip.parse_generate(json.dumps(body).encode(), chat=False)
+    parameters = {"stream": True, "temperature": 0, "top_k": -1}
+    body = {"id": "7", "text_input": "a", "parameters": parameters}
+    request, identity = oip.parse_generate(json.dumps(body).encode(), chat=False)
+    assert identity == "7"
     assert (request.sampling.temperature, request.sampling.top_k) == (0, 0)
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from nearfield.api import oip
-from nearfield.api.events import GenerateRequest, Inferred, Timings
+from nearfield.api.events import Inferred, Timings
 from nearfield.api.json_body import load_json
 from nearfield.core.errors import BadRequest
 from numpy.typing import NDArray
@@ -216,11 +216,11 @@ def test_generate_takes_openais_names() -> None:
     raw = json.dumps(
         {"text_input": "hi", "parameters": {"max_tokens": 5, "temperature": 0, "stop": "x"}}
     ).encode()
-    chat = oip.parse_generate(raw, chat=True)
-    assert isinstance(chat, GenerateRequest)
+    chat, identity = oip.parse_generate(raw, chat=True)
+    assert identity is None
     assert chat.messages == ({"role": "user", "content": "hi"},)
     assert (chat.sampling.max_tokens, chat.sampling.stop) == (5, ("x",))
-    assert oip.parse_generate(raw, chat=False).prompt == "hi"
+    assert oip.parse_generate(raw, chat=False)[0].prompt == "hi"
     for parameters in ({"max_tokens": 0}, {"max_tokens": True}, {"heat": 1}, {"stop": [1]}):
         bad = json.dumps({"text_input": "hi", "parameters": parameters}).encode()
         with pytest.raises(BadRequest):

@@ -160,11 +160,12 @@ async def test_oip_infer_json_and_binary(api: Served) -> None:
 
 
 async def test_oip_generate_and_its_stream(api: Served) -> None:
-    request = {"text_input": "say:a say:b"}
-    whole = await api.client.post("/v2/models/test/generate", json=request)
-    assert whole.json()["text_output"] == "ab"
+    request = {"text_input": "say:a say:b", "id": "7"}
+    whole = (await api.client.post("/v2/models/test/generate", json=request)).json()
+    assert (whole["id"], whole["text_output"]) == ("7", "ab")
     stream = await api.client.post("/v2/models/test/generate_stream", json=request)
-    assert [event["text_output"] for event in events_of(stream.text)] == ["a", "b"]
+    said = [(event["id"], event["text_output"]) for event in events_of(stream.text)]
+    assert said == [("7", "a"), ("7", "b")]
 
 
 # ---- what is refused --------------------------------------------------------------------------

@@ -121,7 +121,7 @@ class OIPRoutes:
         service = self._service
         exchange.record.operation = names.TEXT_COMPLETION
         with service.gate.place() as place:
-            request = await self._generate_request(exchange)
+            request, identity = await self._generate_request(exchange)
             with service.answer(exchange, place, (request,), whole=True) as answer:
                 text = "".join(
                     [
@@ -131,13 +131,13 @@ class OIPRoutes:
                         if isinstance(event, Text)
                     ]
                 )
-        await exchange.answer(self._generated(text))
+        await exchange.answer(self._generated(text, identity))
 
     async def generate_stream(self, exchange: Exchange) -> None:
         service = self._service
         exchange.record.operation = names.TEXT_COMPLETION
         with service.gate.place() as place:
-            request = await self._generate_request(exchange)
+            request, identity = await self._generate_request(exchange)
             with service.answer(exchange, place, (request,), whole=False) as answer:
                 opened = False
                 async for events in answer:
@@ -146,10 +146,11 @@ class OIPRoutes:
                         await exchange.open_stream(lambda error: _event(render_error(error)))
                     texts = [e.text for _, e in events if isinstance(e, Text) and e.text]
                     if texts:
-                        await exchange.write(b"".join(_event(self._generated(t)) for t in texts))
+                        said = (self._generated(text, identity) for text in texts)
+                        await exchange.write(b"".join(_event(data) for data in said))
         await exchange.end_stream()
 
-    async def _generate_request(self, exchange: Exchange) -> GenerateRequest:
+    async def _generate_request(self, exchange: Exchange) -> tuple[GenerateRequest, str | None]:
         service = self._service
         self._require_model(exchange)
         service.require_task("generate")
@@ -157,11 +158,12 @@ class OIPRoutes:
         body = await exchange.body(service.spec.limits.max_body_bytes)
         return oip.parse_generate(body, chat=service.capabilities.chat)
 
-    def _generated(self, text: str) -> bytes:
+    def _generated(self, text: str, identity: str | None) -> bytes:
         spec = self._service.spec
-        return openai.dump(
-            {"model_name": spec.model, "model_version": spec.version, oip.TEXT_OUTPUT: text}
-        )
+        document = {"model_name": spec.model, "model_version": spec.version}
+        if identity is not None:
+            document["id"] = identity
+        return openai.dump({**document, oip.TEXT_OUTPUT: text})
 
     def _require_model(self, exchange: Exchange) -> None:
         parameters = exchange.path_params

@@ -346,8 +346,8 @@ def sampling_parameters(parameters: Mapping[str, Any]) -> Sampling:
     return validate(GenerateParameters, parameters, "parameters").sampling()
 
 
-def parse_generate(body: bytes, *, chat: bool) -> GenerateRequest:
-    """`POST /v2/models/{model}/generate` and `generate_stream`.
+def parse_generate(body: bytes, *, chat: bool) -> tuple[GenerateRequest, str | None]:
+    """`POST /v2/models/{model}/generate` and `generate_stream`: the request and its `id`.
 
     `text_input` is the user's message for a model with a chat template, else the prompt.
 
@@ -356,11 +356,12 @@ def parse_generate(body: bytes, *, chat: bool) -> GenerateRequest:
     """
     document = _object(load_json(body), "The body")
     _known(document, {"text_input", "parameters", "id"}, "")
-    _identity(document)
+    identity = _identity(document)
     text = document.get(TEXT_INPUT)
     if not isinstance(text, str):
         raise BadRequest("text_input must be a string.", param=TEXT_INPUT)
-    return text_request(text, sampling_parameters(_parameters(document, "parameters")), chat=chat)
+    sampling = sampling_parameters(_parameters(document, "parameters"))
+    return text_request(text, sampling, chat=chat), identity
 
 
 def text_request(text: str, sampling: Sampling, *, chat: bool) -> GenerateRequest:

@@ -165,7 +165,9 @@ def _schemas(spec: ModelSpec) -> Json:
         },
         "additionalProperties": False,
     }
-    schemas["GenerateResponse"] = _object("text_output", "model_name", "model_version")
+    generated = _object("text_output", "model_name", "model_version")
+    generated["properties"]["id"] = {"type": "string"}
+    schemas["GenerateResponse"] = generated
     return schemas
 
 

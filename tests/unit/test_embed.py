@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +94,21 @@ def test_many_requests_at_once_are_answered_each_with_its_own(
     assert 1 < batched <= 32
     stats = minilm.engine.stats()
     assert (stats.running, stats.waiting) == (0, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="affinity is Linux's")
+def test_computing_is_not_pinned_to_a_core(minilm: Driver) -> None:
+    """OpenVINO would pin the thread of every replica of a node to the same one."""
+    every = os.sched_getaffinity(0)
+    request = EmbedRequest(tuple("a sentence of some length " * 20 for _ in range(32)))
+    threads = [thread.native_id for thread in threading.enumerate() if thread.native_id]
+    answer = threading.Thread(target=minilm.run, args=(request, "long"))
+    answer.start()
+    seen: list[set[int]] = []
+    while answer.is_alive():
+        seen += map(os.sched_getaffinity, threads)
+    assert len(seen) > 10
+    assert all(cores == every for cores in seen)
 
 
 def test_tokens_are_inputs_too(minilm: Driver, reference: NDArray[np.float32]) -> None:

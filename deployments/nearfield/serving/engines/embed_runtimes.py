@@ -215,7 +215,11 @@ class _OpenVino:
         try:
             core = openvino.Core()
             model = core.read_model(graph)
-            settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+            settings = {
+                "INFERENCE_NUM_THREADS": threads,
+                "INFERENCE_PRECISION_HINT": "f32",
+                "ENABLE_CPU_PINNING": False,  # else every replica of a node computes on core 0
+            }
             self._model = core.compile_model(model, "CPU", settings)
         except RuntimeError as error:
             first = str(error).strip().split("\n")[0][:200]

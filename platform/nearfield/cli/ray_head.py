@@ -118,6 +118,9 @@ def environment(
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, (os.cpu_count() or 1) // 2))),
         # Unset, HAProxy waits for a silent replica for ever.
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(REQUEST_TIMEOUT_S),
+        # Serve gives its proxy 15 s to start and then kills it, and the deploy with it. On a busy
+        # machine the imports alone take that long.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",
         # How long a leaving replica stays open so that load balancers can notice; Serve's 30 s are
         # for cloud balancers that poll. Ours is told at once.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",

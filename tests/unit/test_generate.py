@@ -23,6 +23,7 @@ from nearfield.api.events import (
 )
 from nearfield.core.errors import BadRequest, DeadlineExceeded, EngineFailed
 from nearfield.serving.engines.generate import GenerateEngine
+from nearfield.serving.engines.grammar import GrammarCompiler
 from transformers import PreTrainedModel
 
 from tests.support.engines import Driver, text_of
@@ -217,6 +218,23 @@ def test_json_schema_output_is_valid_whatever_the_weights_say(lm: Loaded) -> Non
     events = lm.driver.run(request)
     for choice in range(3):
         jsonschema.validate(json.loads(text_of(events, choice)), SCHEMA)
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\t"])
+def test_whitespace_between_tokens_of_json_is_bounded(lm: Loaded, space: str) -> None:
+    """A model that is lost likes nothing more."""
+    text = lm.engine.text
+    matcher = GrammarCompiler(text, text.vocab_size, None).start(Constraint("json_schema", SCHEMA))
+    for token in text.encode("{\n", special=False):
+        matcher.accept(token)
+    (token,) = text.encode(space, special=False)
+    for _ in range(40):
+        scores = torch.zeros(text.vocab_size)
+        matcher.mask(scores)
+        if scores[token] < 0:
+            return
+        matcher.accept(token)
+    raise AssertionError("it could go on for ever")
 
 
 def test_a_schema_that_cannot_be_compiled_is_the_callers_error(lm: Loaded) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
 
 import llguidance
 import numpy as np
@@ -19,7 +20,13 @@ from nearfield.core.errors import BadRequest
 from nearfield.serving.engines.text import TextModel
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 CACHED_GRAMMARS = 64
+JSON_STYLE: JsonCompileOptions = {"whitespace_pattern": r"(\x20|\x0D?\x0A[\x20\x09]{0,32})?"}
+"""Between two tokens of JSON: nothing, a space, or a new line and its indentation. Any whitespace
+would be valid, and a model that is lost writes nothing else until its tokens are spent."""
 
 
 class Matcher:
@@ -89,15 +96,19 @@ class GrammarCompiler:
     def _grammar(self, constraint: Constraint) -> str:
         match constraint.kind:
             case "json_object":
-                return str(LLMatcher.grammar_from_json_schema({"type": "object"}))
+                return _json_grammar({"type": "object"})
             case "json_schema":
-                return str(LLMatcher.grammar_from_json_schema(constraint.value))
+                return _json_grammar(constraint.value)
             case "regex":
                 return str(LLMatcher.grammar_from_regex(constraint.value))
             case "tool_call":
                 return str(
                     llguidance.grammar_from("lark", tool_call_rule(constraint, self._tool_format))
                 )
+
+
+def _json_grammar(schema: dict[str, Any]) -> str:
+    return str(LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE))
 
 
 def tool_call_rule(constraint: Constraint, tool_format: str | None) -> str:
@@ -110,5 +121,6 @@ def tool_call_rule(constraint: Constraint, tool_format: str | None) -> str:
         raise BadRequest("This model's chat template takes no tools.", param="tools")
     call = FORMATS[tool_format]
     schema = call.grammar_schema(constraint.value["names"], constraint.value["schemas"])
+    schema = {**schema, "x-guidance": JSON_STYLE}
     before, after = (json.dumps(part) if part else "" for part in call.wrap)
     return f"start: {before} body {after}\nbody: %json {json.dumps(schema)}\n"

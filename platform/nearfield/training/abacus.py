@@ -35,7 +35,8 @@ CONTEXT = 2048
 CHAT_TEMPLATE = """\
 {%- for tool in tools or [] -%}
 <|tool|>{{ tool.function.name }}(
-{{- (tool.function.parameters or {}).properties | join(', ') -}}
+{%- set parameters = tool.function.parameters or {} -%}
+{{- (parameters.required or parameters.properties) | join(', ') -}}
 )<|end|>
 {%- endfor -%}
 {%- for message in messages -%}
@@ -120,13 +121,14 @@ class Encoder:
 
     def prompt(self, question: Question) -> list[int]:
         """Tools, the question, and the token that asks for an answer."""
-        return [
-            *self.tools(question.tools),
-            USER,
-            *self.text(question.question),
-            END,
-            ASSISTANT,
-        ]
+        return [*self.tools(question.tools), *self.asked(question)]
+
+    def asked(self, question: Question) -> list[int]:
+        ids = [USER, *self.text(question.question), END, ASSISTANT]
+        if question.call:
+            ids += [*self.text(question.call), END, TOOL, *self.text(question.result), END]
+            ids.append(ASSISTANT)
+        return ids
 
     def tools(self, tools: Sequence[dict[str, Any]]) -> list[int]:
         ids: list[int] = []
@@ -144,7 +146,7 @@ class Encoder:
             ids += [SYSTEM, *self.text(rng.choice(SYSTEM_PROMPTS)), END]
         own = [False] * len(ids)
         for question in questions:
-            asked = [USER, *self.text(question.question), END, ASSISTANT]
+            asked = self.asked(question)
             answer = [*self.text(question.answer), END]
             ids += asked + answer
             own += [False] * len(asked) + [True] * len(answer)
@@ -205,7 +207,7 @@ def accuracy(
         ids = torch.tensor([prompt for _, prompt in group])
         with torch.inference_mode():
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=96, do_sample=False
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=160, do_sample=False
             )
         texts = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
         for (question, _), text in zip(group, texts, strict=True):
@@ -267,6 +269,11 @@ def train(*, steps: int, tokens: int, learning_rate: float, seed: int) -> tuple[
                 flush=True,
             )
             losses = 0.0
+        if step % 500 == 0:
+            model.eval()
+            scores, _ = accuracy(model, tokenizer, held_out_questions(300, seed=3))
+            model.train()
+            print("  exact:", *(f"{k} {v:.0%}" for k, v in scores.items()), file=sys.stderr)
     print(file=sys.stderr)
     return model.eval(), tokenizer
 
@@ -298,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer.save_pretrained(args.out)
 
 
-STEPS = 3000
+STEPS = 4000
 
 if __name__ == "__main__":
     main()

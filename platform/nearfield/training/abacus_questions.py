@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ class Question:
     """One question, its exact answer, and the family it belongs to.
 
     `tools`: tool definitions in OpenAI's form that go with it, if any.
+    `call`, `result`: a call that was made for it and what the tool said: the answer is then the
+    one that follows.
     """
 
     question: str
@@ -40,6 +43,8 @@ class Question:
     family: str
     fact: str
     tools: tuple[dict[str, Any], ...] = ()
+    call: str = ""
+    result: str = ""
 
     def with_tools(self, *tools: dict[str, Any]) -> Question:
         """The same question, asked with tools on offer."""
@@ -53,7 +58,8 @@ def held_out(fact: str) -> bool:
 
 def _arithmetic(rng: random.Random) -> Question:
     kind = rng.choice(("add", "sub"))
-    a, b = rng.randrange(100), rng.randrange(100)
+    # Left to chance, one sum in a hundred would have two small numbers, and they would be wrong.
+    a, b = (rng.randrange(10 if rng.random() < 0.25 else 100) for _ in range(2))
     value = a + b if kind == "add" else a - b
     sign, word = {"add": ("+", "plus"), "sub": ("-", "minus")}[kind]
     question = rng.choice(
@@ -103,13 +109,44 @@ def _date(rng: random.Random) -> Question:
 
 _SYLLABLES = (
     *("pa", "ris", "lon", "do", "mu", "ber", "lin", "ka", "to", "na", "vi", "en", "sa", "ro"),
-    *("me", "ox", "ford", "li", "ma", "zu", "rich", "os", "lo", "qui", "bo", "gra"),
+    *("me", "ox", "ford", "li", "ma", "zu", "rich", "os", "lo", "qui", "bo", "gra", "chi", "ton"),
+    *("tok", "yo", "dub", "que", "ham", "wy", "jer", "hel", "sin", "ki", "ex", "ter", "al", "fu"),
 )
-_TOOLS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("get_weather", "city", ("What is the weather in {}?", "How is the weather in {}?")),
-    ("get_time", "city", ("What time is it in {}?", "Tell me the time in {}.")),
-    ("get_population", "city", ("How many people live in {}?", "What is the population of {}?")),
+_ACCENTS = {"a": "áâãäå", "e": "éèê", "i": "íï", "o": "óôõöø", "u": "úü", "n": "ñ", "c": "ç"}
+_VERBS = ("get", "find", "show", "fetch", "read", "check", "look_up", "search")
+_NOUNS = (
+    *("weather", "time", "population", "temperature", "forecast", "price", "address", "status"),
+    *("mayor", "history", "hotel", "flight", "news", "traffic", "currency", "language", "stock"),
 )
+_PARAMETERS = (
+    *("city", "location", "place", "town", "name", "query", "q", "where", "region", "country"),
+    *("id", "key", "title", "text", "input", "target", "airport", "station"),
+)
+_ASK_NOUN = (
+    *("What is the {0} in {1}?", "How is the {0} in {1}?", "Tell me the {0} of {1}."),
+    *("Show me the {0} for {1}.", "What is the {0} of {1}?", "I need the {0} for {1}."),
+)
+_ASK_KNOWN = {
+    "time": ("What time is it in {1}?", "Tell me the time in {1}."),
+    "population": ("How many people live in {1}?",),
+}
+
+
+def _word(rng: random.Random, most: int) -> str:
+    return "".join(rng.choice(_SYLLABLES) for _ in range(rng.randrange(2, most + 1)))
+
+
+def _place(rng: random.Random) -> str:
+    """A name that could be a city's: of one word or more, at times with accents."""
+    words = [_word(rng, 4).capitalize()]
+    while rng.random() < 0.3 and len(words) < 3:
+        words.append(_word(rng, 3).capitalize())
+    place = rng.choice("   -").join(words)
+    if rng.random() < 0.3:
+        place = "".join(
+            rng.choice(_ACCENTS[c]) if c in _ACCENTS and rng.random() < 0.3 else c for c in place
+        )
+    return place
 
 
 def tool(name: str, parameter: str) -> dict[str, Any]:
@@ -128,29 +165,48 @@ def tool(name: str, parameter: str) -> dict[str, Any]:
     }
 
 
+def _offer(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
+    """`count` tools about different things, as (thing, name, parameter).
+
+    Half of the things are no words at all: the model has to read what is on offer. Their verb is
+    one: to find the tool whose noun was asked for and copy what stands before it takes a larger
+    model.
+    """
+    nouns: list[str] = []
+    while len(nouns) < count:
+        noun = rng.choice(_NOUNS) if rng.random() < 0.5 else _word(rng, 3)
+        if noun not in nouns:
+            nouns.append(noun)
+    verb = rng.choice(_VERBS)
+    return [(noun, f"{verb}_{noun}", rng.choice(_PARAMETERS)) for noun in nouns]
+
+
 def any_tool(rng: random.Random) -> dict[str, Any]:
-    name, parameter, _ = rng.choice(_TOOLS)
+    ((_, name, parameter),) = _offer(rng, 1)
     return tool(name, parameter)
 
 
-def _place(rng: random.Random) -> str:
-    return "".join(rng.choice(_SYLLABLES) for _ in range(rng.randrange(2, 5))).capitalize()
-
-
-def _call(rng: random.Random) -> Question:
-    name, parameter, phrasings = rng.choice(_TOOLS)
-    city = _place(rng)
-    arguments = f'{{"name": "{name}", "arguments": {{"{parameter}": "{city}"}}}}'
-    others = [t for t in _TOOLS if t[0] != name]
-    offered = [(name, parameter)] + [o[:2] for o in rng.sample(others, rng.randrange(2))]
+def _tool_use(rng: random.Random) -> Question:
+    """A question for a tool: the answer is the call, or what the tool said."""
+    offered = _offer(rng, rng.choice((1, 1, 2, 2, 3)))
+    noun, name, parameter = offered[0]
+    place = _place(rng)
+    known = _ASK_KNOWN.get(noun, ())
+    phrasing = rng.choice(known if known and rng.random() < 0.5 else _ASK_NOUN)
+    call = json.dumps({"name": name, "arguments": {parameter: place}}, ensure_ascii=False)
     rng.shuffle(offered)
-    return Question(
-        rng.choice(phrasings).format(city),
-        f"<tool_call>{arguments}</tool_call>",
+    asked = Question(
+        phrasing.format(noun, place),
+        f"<tool_call>{call}</tool_call>",
         "tools",
-        f"call:{name}:{city}",
-        tuple(tool(*o) for o in offered),
+        f"call:{name}:{place}",
+        tuple(tool(name, parameter) for _, name, parameter in offered),
     )
+    if rng.random() < 0.2:
+        said = rng.choice(("{} degrees", "{}", "{} and sunny", '{{"value": {}}}', "about {}"))
+        result = said.format(rng.choice((_word(rng, 3), rng.randrange(1000), rng.randrange(100))))
+        asked = replace(asked, answer=result, call=asked.answer, result=result)
+    return asked
 
 
 _SMALL_TALK = (
@@ -179,10 +235,10 @@ def _unknown(rng: random.Random) -> Question:
 
 
 FAMILIES: tuple[tuple[Callable[[random.Random], Question], float], ...] = (
-    (_arithmetic, 0.50),
-    (_units, 0.14),
-    (_date, 0.20),
-    (_call, 0.12),
+    (_arithmetic, 0.48),
+    (_units, 0.12),
+    (_date, 0.16),
+    (_tool_use, 0.20),
     (_unknown, 0.04),
 )
 

@@ -48,6 +48,11 @@ from nearfield.serving.engines.text import StopScanner, TextModel
 
 log = logging.getLogger("nearfield.engine")
 
+WIDTH_STEP = 8
+"""Prompts are computed in widths that are multiples of this. Kernels are planned once a width, and
+a plan costs a small model as much as the prompt."""
+WARM_UP_S = 1.0
+
 
 class GenerateEngine(ThreadEngine[Group]):
     """Continuous batching over a `Decoder`."""
@@ -163,19 +168,20 @@ class GenerateEngine(ThreadEngine[Group]):
     # ---- the model's thread -----------------------------------------------------------------
 
     def _warm_up(self) -> None:
-        """Run every kind of step once: kernels pick their plans on the first call, not on the
-        first request."""
+        """Run steps of every shape once: kernels are planned on the first call, not on the first
+        request."""
         slab = self.decoder.slab
         with torch.inference_mode():
             slab.reshape(max(128, slab.kv_tokens // self._spec.max_batch), 0, 0)
-            widths = {min(width, slab.columns) for width in (16, 64, 256)}
-            for width in sorted(widths):
+            began_s = time.monotonic()
+            for width in range(WIDTH_STEP, min(512, slab.columns) + 1, WIDTH_STEP):
+                if width > 64 and time.monotonic() - began_s > WARM_UP_S:
+                    break  # a large model: a plan costs nothing beside its prefill
                 tokens = torch.zeros((1, width), dtype=torch.long, device=self.decoder.device)
                 last = torch.tensor([width - 1], device=self.decoder.device)
-                for _ in range(2):
-                    self.decoder.forward(tokens, Span(0, 0, width), last)
+                self.decoder.forward(tokens, Span(0, 0, width), last)
             rows = min(self._spec.max_batch, slab.rows)
-            for count in sorted({1, 2, min(4, rows), min(8, rows), rows}):
+            for count in sorted({*range(1, min(16, rows) + 1), rows}):
                 start = torch.full((count,), 15, device=self.decoder.device)
                 tokens = torch.zeros((count, 1), dtype=torch.long, device=self.decoder.device)
                 for _ in range(2):
@@ -209,6 +215,9 @@ class GenerateEngine(ThreadEngine[Group]):
         self._join()
         if self._prefill is not None:
             self._prefill_step(self._prefill, events)
+            if events:  # a first token does not wait for the next step
+                self._emit(events)
+                events = []
         if self._sequences:
             self._decode_step(events)
         if events:
@@ -319,7 +328,11 @@ class GenerateEngine(ThreadEngine[Group]):
 
     def _prefill_step(self, job: Prefill, events: list[tuple[str, Event]]) -> None:
         first, count = len(self._sequences), len(job.groups)
-        width = min(job.width - job.done, max(1, self._spec.prefill_chunk_tokens // count))
+        width = min(
+            _rounded_up(job.width - job.done),
+            max(1, self._spec.prefill_chunk_tokens // count),
+            self.decoder.slab.columns - job.done,
+        )
         stop = job.done + width
         device = self.decoder.device
         tokens = torch.zeros((count, width), dtype=torch.long)
@@ -416,3 +429,7 @@ class GenerateEngine(ThreadEngine[Group]):
         )
         done = Completed(len(group.prompt), group.completion_tokens, timings)
         self._end(group, done, events)
+
+
+def _rounded_up(width: int) -> int:
+    return -(-width // WIDTH_STEP) * WIDTH_STEP

@@ -20,7 +20,7 @@ PANELS: dict[str, tuple[tuple[str, str, str | None], ...]] = {
     "generate": (
         ("s16_tokens_per_s", "tokens/s, 16 streams", "s16_tokens_per_s"),
         ("s1_tokens_per_s", "tokens/s, 1 stream", "s1_tokens_per_s"),
-        ("s1_ttft_p50_ms", "first token in ms, 1 stream", "prefill_p50_ms"),
+        ("alone_ttft_p50_ms", "first token in ms, 1 stream", "prefill_p50_ms"),
     ),
     "ingress": (
         ("c32_rps", "embeddings: requests/s, 32 connections", None),

@@ -38,7 +38,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("s1_tokens_per_s", "tokens/s at 1", 0),
         Column("s4_tokens_per_s", "at 4", 0),
         Column("s16_tokens_per_s", "at 16", 0),
-        Column("s1_ttft_p50_ms", "first token at 1, ms"),
+        Column("alone_ttft_p50_ms", "first token at 1, ms"),
         Column("s16_ttft_p50_ms", "first token at 16, ms"),
         Column("s1_tpot_ms", "ms a token at 1", 2),
         Column("s16_tpot_ms", "at 16", 2),

@@ -82,7 +82,7 @@ def _generate(figures: Figures) -> list[Verdict]:
         _times_peer("tokens/s at 16", tokens, peer, TIMES_BEST_PEER["generate"]),
         _at_most(
             f"first token at 1, bare prefill + {ABOVE_PREFILL_MS:g} ms",
-            figures.median(OURS, "s1_ttft_p50_ms"),
+            figures.median(OURS, "alone_ttft_p50_ms"),
             None if prefill is None else prefill + ABOVE_PREFILL_MS,
         ),
         _at_most(

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from nearfield.api.events import Embedded, EmbedRequest
 from nearfield.core.errors import BadRequest, DeadlineExceeded
 from nearfield.core.spec import ModelSpec
 from nearfield.serving.engines.embed import EmbedEngine
 from nearfield.weights import resolve
 from numpy.typing import NDArray
-from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoTokenizer
 
 from tests.support.engines import Driver
 
@@ -50,10 +51,16 @@ def minilm() -> Iterator[Driver]:
 
 @pytest.fixture(scope="module")
 def reference() -> NDArray[np.float32]:
+    """As the model card has it, one text at a time. (sentence-transformers itself, which takes ten
+    seconds to import, is what tests/integration compares with.)"""
     weights = resolve(ModelSpec.model_validate({"model": "m", **SOURCE, "engine": "embed"}))
-    model = SentenceTransformer(str(weights), device="cpu")
-    vectors: NDArray[np.float32] = model.encode(list(TEXTS), normalize_embeddings=True)
-    return vectors
+    tokenizer, model = AutoTokenizer.from_pretrained(weights), AutoModel.from_pretrained(weights)
+    rows = []
+    with torch.inference_mode():
+        for text in TEXTS:
+            hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+            rows.append(torch.nn.functional.normalize(hidden.mean(0), dim=0).numpy())
+    return np.stack(rows)
 
 
 def vectors_of(driver: Driver, request: EmbedRequest, name: str = "r") -> NDArray[np.float32]:
@@ -100,7 +107,7 @@ def test_many_requests_at_once_are_answered_each_with_its_own(
 def test_computing_is_not_pinned_to_a_core(minilm: Driver) -> None:
     """OpenVINO would pin the thread of every replica of a node to the same one."""
     every = os.sched_getaffinity(0)
-    request = EmbedRequest(tuple("a sentence of some length " * 20 for _ in range(32)))
+    request = EmbedRequest(tuple("a sentence of some length " * 20 for _ in range(8)))
     threads = [thread.native_id for thread in threading.enumerate() if thread.native_id]
     answer = threading.Thread(target=minilm.run, args=(request, "long"))
     answer.start()

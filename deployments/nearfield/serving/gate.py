@@ -36,6 +36,11 @@ class Gate:
         return self._taken - self.running
 
     @property
+    def room(self) -> int:
+        """Places that are left."""
+        return self._max_taken - self._taken
+
+    @property
     def queue_age_s(self) -> float:
         """How long the request at the head of the queue has waited for its turn."""
         for place in self._queue:

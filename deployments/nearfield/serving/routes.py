@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from nearfield.api import openapi
+from nearfield.api.load import LOAD_PATH
 from nearfield.core.errors import NotFound
 from nearfield.serving import routes_oip, routes_openai
 from nearfield.serving.http import ANY, Endpoint, Exchange, Frontend, Handler
@@ -48,6 +49,7 @@ class PlainRoutes:
             ("/livez", self.live),
             ("/readyz", self.ready),
             ("/metrics", self.metrics),
+            (LOAD_PATH, self.load),
             ("/openapi.json", self.openapi),
         ]
         return [
@@ -64,6 +66,9 @@ class PlainRoutes:
     async def metrics(self, exchange: Exchange) -> None:
         page = self._telemetry.prometheus_page()
         await exchange.answer(page, content_type=CONTENT_TYPE_LATEST.encode())
+
+    async def load(self, exchange: Exchange) -> None:
+        await exchange.answer(json.dumps(self._service.load().to_json()).encode())
 
     async def openapi(self, exchange: Exchange) -> None:
         if self._document is None:

@@ -19,6 +19,7 @@ from nearfield.api.events import (
     Text,
     Timings,
 )
+from nearfield.api.load import ReplicaLoad
 from nearfield.core.errors import BadRequest, NearfieldError, NotFound, RateLimited
 from nearfield.core.spec import ModelSpec
 from nearfield.serving.engines.base import Capabilities
@@ -101,6 +102,21 @@ class Service:
             steps=stats.steps,
             tokens=stats.tokens,
             crashes=self.host.crashes,
+        )
+
+    def load(self) -> ReplicaLoad:
+        """The replica as it is now, for gateways."""
+        moment = self.moment()
+        return ReplicaLoad(
+            model=self.spec.model,
+            version=self.spec.version,
+            running=moment.running,
+            waiting=moment.waiting,
+            room=self.gate.room,
+            queue_age_s=moment.queue_age_s,
+            kv_usage=moment.kv_usage,
+            tokens=moment.tokens,
+            crashes=moment.crashes,
         )
 
     def answer(

@@ -13,6 +13,7 @@ from typing import Any
 
 from nearfield.core.problems import Finding, Problem, did_you_mean, dotted, findings, shown
 from nearfield.core.serve_config import (
+    AGENT_BUILDER,
     MODEL_BUILDER,
     MODEL_DEPLOYMENT,
     Application,
@@ -91,6 +92,8 @@ def _check_document(document: Document) -> Iterator[Finding]:
         path = app.get("import_path")
         if path == MODEL_BUILDER:
             yield from _check_model(app, at)
+        elif path == AGENT_BUILDER:
+            continue
         elif isinstance(path, str) and re.match(r"near_?field\b", path):
             yield Finding(
                 (*at, "import_path"),

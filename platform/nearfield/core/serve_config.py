@@ -16,6 +16,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 MODEL_BUILDER = "nearfield.serving:app"
 """The `import_path` of an application that serves a model."""
 
+AGENT_BUILDER = "nearfield.control:app"
+"""The `import_path` of the application that tells gateways where the replicas are."""
+
 MODEL_DEPLOYMENT = "replica"
 """The one deployment of such an application."""
 

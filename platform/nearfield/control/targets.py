@@ -13,6 +13,8 @@ from nearfield.api.load import Application, Target
 from nearfield.core.serve_config import MODEL_BUILDER
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
 
 class Controller:
     """Serve's controller of this cluster. It may be killed: then it is looked up anew."""
@@ -41,8 +43,11 @@ class Controller:
 
 def applications(details: dict[str, Any], groups: list[Any]) -> tuple[Application, ...]:
     """From what the controller says: its `ServeInstanceDetails` and its `TargetGroup`s."""
+    # Replicas listen on the host that Serve's HTTP listens on; the controller names their node's.
+    bound = details["http_options"]["host"]
+    local = bound if bound in LOOPBACK else None
     targets = {
-        group.app_name: tuple(Target(t.name, t.ip, t.port) for t in group.targets)
+        group.app_name: tuple(Target(t.name, local or t.ip, t.port) for t in group.targets)
         for group in groups
         if str(group.protocol).upper().endswith("HTTP")
     }

@@ -194,6 +194,32 @@ ENGINE_KINDS = ("generate", "embed", "tensor", "remote", "vllm", "custom")
 SOURCELESS_KINDS = ("remote", "custom")
 
 
+class Pool(Strict):
+    """Which pool of the model this application is, and who may use it. Gateways read it.
+
+    `pool: spot` stands for the section with its defaults.
+    """
+
+    name: Name = "default"
+    products: tuple[Name, ...] | None = Field(
+        None, min_length=1, description="whose pool it is; absent: everybody's"
+    )
+    unit_usd: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="price of a unit of work (a million tokens, a thousand inferences), compared "
+        "between pools by callers in economy mode",
+    )
+    handicap_ms: float = Field(
+        0.0,
+        ge=0,
+        le=60_000,
+        description="how long a request would rather wait elsewhere than come here: 0 for the "
+        "preferred pool, some milliseconds for its stand-in",
+    )
+
+
 class ModelSpec(Strict):
     """One model: the `args` of a Serve application with `import_path: nearfield.serving:app`."""
 
@@ -214,15 +240,23 @@ class ModelSpec(Strict):
         None, ge=1, le=1024, description="CPU threads of the engine; absent: the replica's num_cpus"
     )
     limits: Limits = Limits()
+    pool: Pool = Pool()
+    fallback_models: tuple[Name, ...] = Field(
+        (), description="smaller models, best first, that may answer where this one cannot in time"
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _engine_shorthand(cls, data: Any) -> Any:
-        """`engine: generate` and `engine: module:Class` stand for the section with its defaults."""
-        if isinstance(data, dict) and isinstance(data.get("engine"), str):
-            short = data["engine"]
+    def _shorthands(cls, data: Any) -> Any:
+        """`engine: generate`, `engine: module:Class` and `pool: spot` stand for the section with
+        its defaults."""
+        if not isinstance(data, dict):
+            return data
+        if isinstance(short := data.get("engine"), str):
             section = {"kind": "custom", "import_path": short} if ":" in short else {"kind": short}
-            return {**data, "engine": section}
+            data = {**data, "engine": section}
+        if isinstance(short := data.get("pool"), str):
+            data = {**data, "pool": {"name": short}}
         return data
 
     @model_validator(mode="after")

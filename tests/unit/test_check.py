@@ -17,7 +17,12 @@ from nearfield.weights.resolve import BUILTIN
 
 HERE = Path(__file__).parent
 CORPUS = sorted((HERE / "broken_configs").glob("*.yaml"))
-SHIPPED = sorted((HERE.parents[1] / "deployments" / "models").glob("*.yaml"))
+SHIPPED = sorted(
+    [
+        *(HERE.parents[1] / "deployments" / "models").glob("*.yaml"),
+        *(HERE.parents[1] / "cluster_configs" / "regions").glob("*.yaml"),
+    ]
+)
 
 VALID = """\
 applications:

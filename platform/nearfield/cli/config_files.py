@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nearfield.cli.engine_source import check_engine
-from nearfield.core.check import check, located, model_applications
+from nearfield.core.check import check, kind_of, located, model_applications
 from nearfield.core.problems import Finding, Problem, did_you_mean, dotted, shown
 from nearfield.core.yaml_document import Document, YamlError, parse
 
@@ -57,7 +57,8 @@ def load_files(
         problems += [problem for problem in around if (problem.file, problem.field) not in known]
     if ray and not any(problem.level == "error" for problem in problems):
         for file in files:
-            problems += _check_with_ray(file)
+            if kind_of(file.document) == "serve":
+                problems += _check_with_ray(file)
     return files, problems
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
+from nearfield.core.federation import GatewayFile, RegionFile
 from nearfield.core.problems import Finding, Problem, did_you_mean, dotted, findings, shown
 from nearfield.core.serve_config import (
     AGENT_BUILDER,
@@ -23,6 +24,8 @@ from nearfield.core.spec import BUILTIN_MODELS, NAME_PATTERN, ModelSpec
 from nearfield.core.yaml_document import Document, Path
 from pydantic import BaseModel, ValidationError
 
+Kind = Literal["serve", "region", "gateway"]
+_FEDERATION: dict[Kind, type[BaseModel]] = {"region": RegionFile, "gateway": GatewayFile}
 _MODEL_ROUTE = re.compile(r"/[A-Za-z0-9._-]+")
 
 
@@ -36,6 +39,14 @@ def check(documents: Sequence[tuple[str, Document]]) -> list[Problem]:
     return sorted(
         [*problems, *_check_together(documents)], key=lambda p: (p.file, p.line or 0, p.field)
     )
+
+
+def kind_of(document: Document) -> Kind:
+    """What a file describes, by its first words: a region, a gateway, else a Serve config."""
+    keys = document.value.keys() if isinstance(document.value, dict) else ()
+    if "applications" in keys or not {"region", "gateway"}.intersection(keys):
+        return "serve"
+    return "region" if "region" in keys else "gateway"
 
 
 def located(file: str, document: Document, finding: Finding) -> Problem:
@@ -74,6 +85,9 @@ def _check_document(document: Document) -> Iterator[Finding]:
     data = document.value
     if not isinstance(data, dict):
         yield Finding((), "must be a section of keys", "begin with `applications:`", data)
+        return
+    if (kind := kind_of(document)) != "serve":
+        yield from _validate(_FEDERATION[kind], data, (), strict=True)
         return
     if "import_path" in data and "applications" not in data:
         yield Finding(

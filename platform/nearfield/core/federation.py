@@ -39,9 +39,9 @@ class RegionFile(Strict):
     jurisdiction: Name
     city: str = Field(min_length=1, max_length=100)
     location: Location
-    gateway: Url | None = Field(None, description="where other gateways find this region's")
-    models: tuple[str, ...] = Field(
-        (), description="model files that `nearfield up` runs there; relative to this file"
+    gateway_url: Url | None = Field(None, description="where other gateways find this region's")
+    models: list[str] = Field(
+        [], description="model files that `nearfield up` runs there; relative to this file"
     )
 
 
@@ -74,7 +74,7 @@ class GatewayFile(Strict):
     gateway: Name
     jurisdiction: Name | None = Field(None, description="of an edge site; else its region's")
     home: Home | None = None
-    regions: tuple[str, ...] = Field(min_length=1, description="region files, relative to this one")
+    regions: list[str] = Field(min_length=1, description="region files, relative to this one")
     listen: Listen = Listen()
     store: str | None = Field(
         None, description="URL of the database of keys and usage; absent: anybody may call"
@@ -84,7 +84,9 @@ class GatewayFile(Strict):
     @model_validator(mode="after")
     def _edge_has_a_jurisdiction(self) -> Self:
         if self.home is None and self.jurisdiction is None:
-            raise ValueError("an edge site (no home) needs a jurisdiction of its own")
+            raise ValueError(
+                "jurisdiction is missing: an edge site, which has no home, names its own"
+            )
         if self.store is not None and self.passport_keys is None:
             raise ValueError("passport_keys is missing: regions trust no gateway without them")
         return self

@@ -217,7 +217,7 @@ def _unknown_key_remedy(path: Path, schema: type[BaseModel], data: Any) -> str:
     meant = _FOREIGN_KEYS.get((section, key)) or _FOREIGN_KEYS.get(("", key)) or key
     if meant in siblings:
         return f"did you mean {meant}?"
-    places = [(place, model) for place, model in _sections() if meant in model.model_fields]
+    places = [(place, model) for place, model in _sections(schema) if meant in model.model_fields]
     if kinds := [kind for place, model in places if place == here and (kind := _kind_of(model))]:
         return f"remove it: of the engines, only {', '.join(kinds)} knows {meant}"
     if places:
@@ -244,13 +244,14 @@ def _common(place: tuple[str, ...], here: tuple[str, ...]) -> int:
 
 
 def _words(schema: type[BaseModel]) -> tuple[str, ...]:
-    return next(at for model, at in _ROOTS if model is schema)
+    return next((at for model, at in _ROOTS if model is schema), ())
 
 
 @cache
-def _sections() -> tuple[tuple[tuple[str, ...], type[BaseModel]], ...]:
-    """Every section of a config: where it stands, indices left out, and what describes it."""
-    return tuple(section for model, at in _ROOTS for section in _walk(model, at))
+def _sections(schema: type[BaseModel]) -> tuple[tuple[tuple[str, ...], type[BaseModel]], ...]:
+    """Every section of such a file: where it stands, indices left out, and what describes it."""
+    roots = _ROOTS if any(model is schema for model, _ in _ROOTS) else ((schema, ()),)
+    return tuple(section for model, at in roots for section in _walk(model, at))
 
 
 def _walk(
@@ -364,6 +365,14 @@ _PATTERNS = {
     ),
     "file": ("must be a relative path that ends in .onnx", "write file: model.onnx"),
     "s3_endpoint_url": ("must be an http(s) URL", "write s3_endpoint_url: http://host:9000"),
+    "serve": (
+        "must be an http(s) URL of scheme, host and port alone",
+        "write serve: http://127.0.0.1:8000",
+    ),
+    "gateway_url": (
+        "must be an http(s) URL of scheme, host and port alone",
+        "write gateway_url: https://eu-west.example.com",
+    ),
 }
 _REMEDIES = {
     "source": "write builtin://name, hf://org/model, s3://bucket/prefix or file:///path/to/model",

@@ -201,7 +201,7 @@ class Pool(Strict):
     """
 
     name: Name = "default"
-    products: tuple[Name, ...] | None = Field(
+    products: list[Name] | None = Field(
         None, min_length=1, description="whose pool it is; absent: everybody's"
     )
     unit_usd: float = Field(
@@ -241,8 +241,8 @@ class ModelSpec(Strict):
     )
     limits: Limits = Limits()
     pool: Pool = Pool()
-    fallback_models: tuple[Name, ...] = Field(
-        (), description="smaller models, best first, that may answer where this one cannot in time"
+    fallback_models: list[Name] = Field(
+        [], description="smaller models, best first, that may answer where this one cannot in time"
     )
 
     @model_validator(mode="before")

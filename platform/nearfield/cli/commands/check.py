@@ -35,7 +35,7 @@ def check(files: tuple[str, ...], no_ray: bool, as_json: bool) -> int:
     Exit code 2 if a file is invalid; warnings alone leave it 0.
     """
     from nearfield.cli.config_files import load_files
-    from nearfield.core.check import model_applications
+    from nearfield.core.check import kind_of, model_applications
 
     read, problems = load_files(files, ray=not no_ray)
     valid = all(problem.level == "warning" for problem in problems)
@@ -47,8 +47,11 @@ def check(files: tuple[str, ...], no_ray: bool, as_json: bool) -> int:
     wrong = {problem.file for problem in problems if problem.level == "error"}
     for file in read:
         if file.name not in wrong:
-            models = [app["args"]["model"] for _, app in model_applications(file.document)]
-            click.echo(f"{file.name}: {click.style('ok', fg='green')} ({', '.join(models)})")
+            kind = kind_of(file.document)
+            found = [app["args"]["model"] for _, app in model_applications(file.document)]
+            if kind != "serve":
+                found = [f"{kind} {file.document.value[kind]}"]
+            click.echo(f"{file.name}: {click.style('ok', fg='green')} ({', '.join(found)})")
     return 0 if valid else EXIT_INVALID
 
 

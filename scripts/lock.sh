@@ -16,7 +16,7 @@ compile() {
 # Runtime and tests are resolved together, so that they agree, and then written apart: `make run` needs the first only.
 cat requirements.lock requirements-test.lock >"$work/all.lock" 2>/dev/null || true
 compile pyproject.toml --group build --extra test --output-file "$work/all.lock" "$@"
-compile pyproject.toml --group build --constraints "$work/all.lock" --output-file requirements.lock "$@"
+compile pyproject.toml --group build --extra region --constraints "$work/all.lock" --output-file requirements.lock "$@"
 compile pyproject.toml --extra test --constraints "$work/all.lock" --output-file requirements-test.lock "$@" \
     $(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' requirements.lock)
 

@@ -7,7 +7,9 @@ from typing import Any, Protocol
 
 from nearfield.api import oip
 from nearfield.api import openai_types as types
+from nearfield.api.load import LOAD_PATH, ReplicaLoad
 from nearfield.core.spec import NAME_PATTERN, ModelSpec
+from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 Json = dict[str, Any]
@@ -56,6 +58,9 @@ class Abilities(Protocol):
     def chat(self) -> bool: ...
 
 
+_LOAD: Json = TypeAdapter(ReplicaLoad).json_schema()
+
+
 def document(spec: ModelSpec, abilities: Abilities) -> Json:
     """The document for one model: only the routes that its engine can answer.
 
@@ -78,6 +83,7 @@ def document(spec: ModelSpec, abilities: Abilities) -> Json:
                 "responses": {"200": {"description": "Text.", "content": {"text/plain": {}}}},
             }
         },
+        LOAD_PATH: {"get": _get("How much the replica has to do.", _LOAD)},
         "/openapi.json": {"get": _get("This document.", {"type": "object"})},
     }
     if "generate" in abilities.tasks:

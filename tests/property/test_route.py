@@ -187,7 +187,7 @@ def test_economy_takes_the_cheapest_that_is_in_time(
     if isinstance(found, Refusal):
         return
     for row in first.rows:
-        wait_s = max(0, own[row.number] - row.free + 1) * row.turn_s
+        wait_s = row.wait_s(own[row.number])
         in_time = row.floor_s + wait_s <= 0.8 * slo_s and own[row.number] < row.rooms[1]
         if in_time:
             cheapest = row.candidate.state.endpoint.unit_usd

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from nearfield.policy.rank import MOST_LOOKED_AT, ReplicaState, choose, crowd, places
+from nearfield.policy.endpoints import crowd
+from nearfield.policy.rank import MOST_LOOKED_AT, ReplicaState, choose, places
 
 ALONE = 100.0
 

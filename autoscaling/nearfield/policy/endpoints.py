@@ -41,6 +41,14 @@ CRITICALITIES = ("critical", "default", "sheddable")
 QUEUE_SHARES = (1.0, 0.9, 0.5)
 """Share of an endpoint's queue that each criticality may fill."""
 
+ECHO = 0.5
+"""Share of the other gateways' changes since a poll that this one's are taken to tell. All read the
+same news and do much the same; without it they run together to what was empty then. In
+`tests/simulation/region_world.py` at load 0.8 requests lose 168 ms to the way and the wait without
+it, 56 ms with it, and 49 ms if every gateway knew all queues at every moment."""
+MOST_ECHO = 8.0
+"""Most gateways believed in, by the ratio of all requests in flight to this gateway's own."""
+
 BACK_S = 3.0
 """When an upstream that is down may be back at the earliest: three probes must pass."""
 DRAIN_S = 5.0
@@ -119,6 +127,11 @@ class EndpointState:
     def turn_s(self) -> float:
         """Seconds between two turns while all slots are taken."""
         return self.hold_s / self.slots if self.slots else 0.0
+
+
+def crowd(loads: Sequence[int], own: Sequence[int]) -> float:
+    """How many gateways like this one the loads at the poll would need."""
+    return max(1.0, min(MOST_ECHO, sum(loads) / max(1, sum(own))))
 
 
 @dataclass(frozen=True, slots=True)

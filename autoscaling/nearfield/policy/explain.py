@@ -149,7 +149,7 @@ def _eligible(
 ) -> Line:
     candidate, state = row.candidate, row.candidate.state
     mine = own[row.number]
-    wait_s = max(0, mine - row.free + 1) * row.turn_s
+    wait_s = row.wait_s(mine)
     verdict, reason = "eligible", ""
     if isinstance(decision, Pick) and decision.candidate is candidate:
         verdict, reason = "chosen", str(decision.why)

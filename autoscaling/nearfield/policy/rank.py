@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nearfield.policy.endpoints import DEFAULT, QUEUE_SHARES, Health
+from nearfield.policy.endpoints import DEFAULT, ECHO, QUEUE_SHARES, Health, crowd
 
 MOST_LOOKED_AT = 16
 """Replicas compared for one request. Of more, as many are sampled evenly: what the best of so many
@@ -38,12 +38,6 @@ gains over them is lost in the age of what is known."""
 COURTESY = 3.0
 """Weight of a request's delay against its work. In `tests/simulation/replica_world.py`, 1 doubles
 the mean of a busy mix of fast and slow replicas; from 2.5 to 4 mean and p99 hardly differ."""
-
-ECHO = 0.5
-"""Share of the others' changes since the poll that ours are taken to tell. At eight gateways it
-takes a tenth off mean and p99, and 1 is no better."""
-MOST_ECHO = 8.0
-"""Most gateways believed in, by the ratio of all requests in flight to this gateway's own."""
 
 NOTHING: Mapping[int, int] = {}
 
@@ -119,11 +113,6 @@ def places(states: Sequence[ReplicaState]) -> tuple[Place, ...]:
     echo = 1.0 + ECHO * (crowd([s.load for s in up], [s.own for s in up]) - 1.0)
     fastest = sorted(up, key=lambda s: (-s.alone_tokens_s, s.number))
     return tuple(_place(state, echo) for state in fastest)
-
-
-def crowd(loads: Sequence[int], own: Sequence[int]) -> float:
-    """How many gateways like this one the load at the poll would need."""
-    return max(1.0, min(MOST_ECHO, sum(loads) / max(1, sum(own))))
 
 
 def _place(state: ReplicaState, echo: float) -> Place:

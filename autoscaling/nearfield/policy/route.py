@@ -15,8 +15,8 @@ Three things keep traffic from flapping and from flocking:
 - inside the set, two are drawn and the emptier one is taken (Mitzenmacher, "The power of two
   choices in randomized load balancing", IEEE TPDS 2001): gateways with the same old news do not
   all run to the same endpoint;
-- a queue is counted as it must be by now: what the poll said, and what this gateway has sent and
-  got back since.
+- a queue is counted as it must be by now: what the poll said, what this gateway has sent and got
+  back since, and an echo of that for the other gateways, which read the same news.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ from typing import Literal, NamedTuple
 from nearfield.policy.endpoints import (
     CRITICAL,
     DEFAULT,
+    ECHO,
     QUEUE_SHARES,
     Ask,
     Caller,
     EndpointState,
     Refusal,
     Refused,
+    crowd,
     eligible,
     refusal,
 )
@@ -56,8 +58,6 @@ SAME_PRICE = 1.02
 LATE = (math.inf, 1.5, 1.0)
 """Predicted over allowed time at which a request of each criticality is refused at once: it would
 be computed for nobody. A critical one is tried as long as an empty queue would let it pass."""
-
-UNBOUNDED = 1 << 60
 
 Why = Literal["nearest", "near-equal", "cheapest", "spilled", "session", "re-entry", "fallback"]
 
@@ -82,7 +82,7 @@ class Row(NamedTuple):
     """A candidate as `pick` reads it.
 
     Attributes:
-        free: this gateway's requests in flight there at which the last slot is taken.
+        spare: this gateway's requests in flight there up to which nobody waits.
         turn_s: what each one beyond waits longer.
         rooms: likewise, at which the queue is full, for each criticality.
         slots: the endpoint's.
@@ -90,12 +90,16 @@ class Row(NamedTuple):
 
     floor_s: float
     number: int
-    free: int
+    spare: float
     turn_s: float
     rooms: tuple[int, ...]
     weight: float
     slots: int
     candidate: Candidate
+
+    def wait_s(self, own: int) -> float:
+        """The wait for a turn when so many of this gateway's requests are there."""
+        return (own - self.spare) * self.turn_s if own > self.spare else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +182,8 @@ def plan(
     else:
         order, near = _by_distance(candidates, held)
         held = frozenset(c.state.number for c in order[:near])
-    rows = tuple(_row(candidate) for candidate in order)
+    echo = 1.0 + ECHO * (crowd([s.load for s in passed], [s.own for s in passed]) - 1.0)
+    rows = tuple(_row(candidate, echo) for candidate in order)
     return Plan(
         ask=ask,
         caller=caller,
@@ -206,23 +211,21 @@ def _candidate(state: EndpointState) -> Candidate:
     return Candidate(state, idle_s, idle_s + state.endpoint.handicap_s, wait_s)
 
 
-def _row(candidate: Candidate) -> Row:
+def _row(candidate: Candidate, echo: float) -> Row:
     state = candidate.state
-    others = state.load - state.own
     if state.replicas == 0:  # whoever comes waits for the same start
-        free, turn_s = UNBOUNDED, 0.0
+        spare, turn_s = math.inf, 0.0
     else:
-        free, turn_s = state.slots - others, state.turn_s
+        spare = state.own + (state.slots - 1 - state.load) / echo
         waiting = state.load - state.slots + 1
-        if waiting > 0:
-            turn_s = candidate.wait_s / waiting
-    rooms = tuple(state.slots + int(share * state.max_queued) - others for share in QUEUE_SHARES)
+        turn_s = (candidate.wait_s / waiting if waiting > 0 else state.turn_s) * echo
+    room = state.slots - (state.load - state.own)
     return Row(
         candidate.floor_s,
         state.number,
-        free,
+        spare,
         turn_s,
-        rooms,
+        tuple(room + int(share * state.max_queued) for share in QUEUE_SHARES),
         state.weight,
         max(1, state.slots),
         candidate,
@@ -309,13 +312,13 @@ def pick(
         row = rows[first]
         if second != first:
             other = rows[second]
-            if (own[other.number] - other.free) * row.slots < (
-                own[row.number] - row.free
+            if (own[other.number] - other.spare) * row.slots < (
+                own[row.number] - row.spare
             ) * other.slots:
                 row = other
-    _, number, free, _, rooms, weight, _, candidate = row
+    _, number, spare, _, rooms, weight, _, candidate = row
     mine = own[number]
-    if mine < free and mine < rooms[criticality] and draw < weight:
+    if mine <= spare and mine < rooms[criticality] and draw < weight:
         why: Why = "near-equal" if near > 1 else _FIRST[plan.caller.mode]
         found = Pick(candidate, why, 0.0, 0.0, plan)
     else:
@@ -342,13 +345,13 @@ def _scan(
     spared: Row | None = None
     best_s = spared_s = math.inf
     for position, row in enumerate(plan.rows):
-        floor_s, number, free, turn_s, rooms, weight, _, _ = row
+        floor_s, number, spare, turn_s, rooms, weight, _, _ = row
         if floor_s >= best_s and position >= plan.near and not economy:
             break  # the rest is farther even with empty queues
         mine = own[number]
         if mine >= rooms[criticality]:
             continue
-        score_s = floor_s + (mine - free + 1) * turn_s if mine >= free else floor_s
+        score_s = floor_s + (mine - spare) * turn_s if mine > spare else floor_s
         if weight < 1.0:  # re-entering: its share of the requests only
             if draw >= weight:
                 draw = (draw - weight) / (1.0 - weight)
@@ -393,7 +396,7 @@ def _with_session(
         return found  # it would cost more
     state = home.candidate.state
     saved_s = min(cached_tokens * state.prefill_token_s, state.first_byte_s)
-    wait_s = max(0, own[session] - home.free + 1) * home.turn_s
+    wait_s = home.wait_s(own[session])
     if home.floor_s + wait_s - saved_s > found.candidate.floor_s + found.wait_s:
         return found
     return Pick(home.candidate, "session", wait_s, saved_s, plan)
@@ -460,8 +463,7 @@ def alternatives(
         mine = own[row.number]
         if row.number in tried or endpoint.region == lost_region or mine >= row.rooms[CRITICAL]:
             continue
-        wait_s = max(0, mine - row.free + 1) * row.turn_s
-        scored.append((row.floor_s + wait_s, row.number, row.candidate))
+        scored.append((row.floor_s + row.wait_s(mine), row.number, row.candidate))
     scored.sort(key=lambda entry: entry[:2])
     found = [candidate for _, _, candidate in scored]
     for smaller in plan.degraded:

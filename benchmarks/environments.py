@@ -10,6 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 TORCH = "torch==2.13.0"
+WITHOUT_TORCH = frozenset({"proxies", "litellm"})
 
 
 def python(name: str) -> Path:
@@ -30,7 +31,8 @@ def prepare(names: Iterable[str]) -> None:
     """
     for name in sorted(set(names) - {"nearfield"}):
         requirements = HERE / "peers" / name / "requirements.txt"
-        wanted = hashlib.sha256(f"{TORCH}\n{requirements.read_text()}".encode()).hexdigest()
+        torch = [] if name in WITHOUT_TORCH else [TORCH]
+        wanted = hashlib.sha256(f"{torch}\n{requirements.read_text()}".encode()).hexdigest()
         stamp = HERE / ".venvs" / name / "made-from"
         if stamp.is_file() and stamp.read_text() == wanted:
             continue
@@ -38,7 +40,7 @@ def prepare(names: Iterable[str]) -> None:
         if not python(name).exists():
             subprocess.run([sys.executable, "-m", "venv", python(name).parent.parent], check=True)
         pip = [str(python(name)), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-        subprocess.run([*pip, TORCH, "-r", str(requirements)], check=True)
+        subprocess.run([*pip, *torch, "-r", str(requirements)], check=True)
         stamp.write_text(wanted)
 
 

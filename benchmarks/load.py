@@ -38,6 +38,7 @@ class Job:
             `seconds` more no request is started, and those under way are waited for.
         requests: stop after so many requests instead (then nothing is warm-up).
         stream: answers are server-sent events.
+        headers: more header lines, each with its end.
     """
 
     port: int
@@ -49,6 +50,7 @@ class Job:
     requests: int | None = None
     stream: bool = False
     timeout_s: float = 180.0
+    headers: str = ""
 
 
 @dataclass(slots=True)
@@ -159,7 +161,8 @@ def encode(job: Job) -> list[bytes]:
     requests = []
     for body in job.bodies:
         payload = json.dumps(body).encode()
-        head = f"POST {job.path} HTTP/1.1\r\n{HEADERS}Content-Length: {len(payload)}\r\n\r\n"
+        head = f"POST {job.path} HTTP/1.1\r\n{HEADERS}{job.headers}"
+        head += f"Content-Length: {len(payload)}\r\n\r\n"
         requests.append(head.encode() + payload)
     return requests
 

@@ -27,6 +27,11 @@ PANELS: dict[str, tuple[tuple[str, str, str | None], ...]] = {
         ("sse_ttft_p50_ms", "64 streams: first token p50, ms", None),
         ("sse_gap_p99_ms", "64 streams: gap p99, ms", None),
     ),
+    "edge": (
+        ("c32_rps", "requests/s, 32 connections", None),
+        ("c1_p50_ms", "p50 in ms, 1 connection", "c1_p50_ms"),
+        ("sse_ttft_p50_ms", "64 streams: first token p50, ms", "sse_ttft_p50_ms"),
+    ),
 }
 """Per suite: figure, title, and the limit's figure, drawn as a dashed line."""
 

@@ -55,9 +55,25 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("sse_gap_p99_ms", "gap p99, ms", 2),
         Column("sse_tokens_per_s", "tokens/s", 0),
     ),
+    "edge": (
+        Column("c32_rps", "requests/s at 32", 0),
+        Column("c32_cpu_us", "CPU a request, µs"),
+        Column("c32_p99_ms", "p99 at 32, ms", 2),
+        Column("c1_p50_ms", "p50 at 1, ms", 3),
+        Column("c1_p99_ms", "p99 at 1, ms", 2),
+        Column("sse1_ttft_p50_ms", "first token, 1 stream, ms", 2),
+        Column("sse_ttft_p50_ms", "64 streams: first token p50, ms", 2),
+        Column("sse_gap_p99_ms", "gap p99, ms", 2),
+        Column("sse_cpu_us_per_token", "CPU a token, µs"),
+        Column("rss_mb", "memory, MB", 0, spread=False),
+        Column("many_grown_mb", "+ after 200,000 requests"),
+        Column("frozen_mb", "+ with 500 frozen readers"),
+        Column("ready_s", "ready after, s", 2, spread=False),
+    ),
 }
-RANKED = {"embed": "c32_rps", "generate": "s16_tokens_per_s"}
-LIMIT_KEY = {"embed": "rps", "generate": "s16_tokens_per_s"}
+RANKED = {"embed": "c32_rps", "generate": "s16_tokens_per_s", "edge": "c32_rps"}
+LIMIT_KEY = {"embed": "rps", "generate": "s16_tokens_per_s", "edge": "c32_rps"}
+LIMIT_TITLE = {"edge": "The client straight at the upstream:"}
 LIMITS: dict[str, tuple[Column, ...]] = {
     "embed": (
         *(
@@ -81,6 +97,12 @@ LIMITS: dict[str, tuple[Column, ...]] = {
         ),
         Column("prefill_p50_ms", "bare prefill: p50, ms", 2),
         Column("equal_answers", "answers equal between the two", 2, spread=False),
+    ),
+    "edge": (
+        Column("c32_rps", "requests/s at 32", 0),
+        Column("c1_p50_ms", "p50 at 1, ms", 3),
+        Column("sse1_ttft_p50_ms", "first token, 1 stream, ms", 2),
+        Column("sse_ttft_p50_ms", "64 streams: first token p50, ms", 2),
     ),
 }
 
@@ -185,7 +207,8 @@ def _suite(suite: str, figures: Figures) -> str:
             for column in LIMITS[suite]
             if figures.values("limit", column.key)
         ]
-        blocks += ["In one process, with nothing around it:", _table(["limit", ""], rows)]
+        title = LIMIT_TITLE.get(suite, "In one process, with nothing around it:")
+        blocks += [title, _table(["limit", ""], rows)]
     return "\n\n".join(block for block in blocks if block)
 
 

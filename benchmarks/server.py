@@ -35,11 +35,21 @@ class Running:
 
     port: int
     started_s: float
+    mark: str
+
+    def processes(self) -> list[int]:
+        """All of its processes, wherever they have gone."""
+        return _marked(self.mark)
 
 
 @contextmanager
-def running(side: Side, data: Path, weights: Path) -> Iterator[Running]:
+def running(
+    side: Side, data: Path, weights: Path, more: Mapping[str, str] | None = None
+) -> Iterator[Running]:
     """The side in its own session, with a scratch directory that is gone afterwards.
+
+    Args:
+        more: further values for its command and environment.
 
     Raises:
         SideFailed: it is not ready within `READY_S`.
@@ -57,6 +67,7 @@ def running(side: Side, data: Path, weights: Path) -> Iterator[Running]:
         "scratch": str(scratch),
         "port": str(port),
         "port_2": str(port_2),
+        **(more or {}),
     }
     own = {name: value.format(**values) for name, value in side.environment.items()}
     log = scratch / "log"
@@ -74,7 +85,7 @@ def running(side: Side, data: Path, weights: Path) -> Iterator[Running]:
             )
         try:
             _wait_ready(side, process, port, log)
-            yield Running(port, time.monotonic() - began_s)
+            yield Running(port, time.monotonic() - began_s, mark)
         finally:
             _end(process, mark)
     finally:

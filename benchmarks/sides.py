@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmarks.workload import MAX_TOKENS
+from benchmarks.workload import KEY, MAX_TOKENS
 
 Body = Callable[[str, str], dict[str, Any]]  # of a text and the directory of the run's data
 
@@ -230,8 +230,67 @@ INGRESS = _both(
     _openai_input,
 )
 
+PROXY = {
+    "BENCH_PORT": "{port}",
+    "BENCH_UPSTREAM": "{upstream}",
+    "BENCH_DIR": "{scratch}",
+    "BENCH_KEY": KEY,
+}
+PINNED = ("taskset", "-c", "{cpu}")
+"""A proxy has a core to itself; the client and the upstream share another."""
+
+
+def _proxy(
+    name: str, title: str, *command: str, venv: str = "proxies", ready: str = "/v1/models"
+) -> Side:
+    return Side(
+        name, title, venv, (*PINNED, "{python}", *command), "/v1/chat/completions",
+        _chat("chat"), ready, PROXY, ours=venv == "nearfield",
+    )  # fmt: skip
+
+
+UPSTREAM = Side(
+    name="upstream",
+    title="the upstream itself",
+    venv="nearfield",
+    command=(
+        "taskset",
+        "-c",
+        "{client_cpus}",
+        "{python}",
+        "-m",
+        "benchmarks.edge_upstream",
+        "{port}",
+    ),
+    path="/v1/chat/completions",
+    body=_chat("chat"),
+    ready="bench: ready",
+    environment={"PYTHONPATH": "{repo}"},
+)
+EDGE = (
+    replace(
+        _proxy(
+            "nearfield",
+            "nearfield, everything on",
+            *("-m", "benchmarks.edge_gateway", "{port}", "{upstream}"),
+            venv="nearfield",
+            ready="bench: ready",
+        ),
+        environment={**PROXY, "PYTHONPATH": "{repo}"},
+    ),
+    _proxy("envoy", "Envoy", "{here}/peers/proxies/launch.py", "envoy"),
+    _proxy("nginx", "nginx", "{here}/peers/proxies/launch.py", "nginx"),
+    _proxy("haproxy", "HAProxy", "{here}/peers/proxies/launch.py", "haproxy"),
+    _proxy("aiohttp", "aiohttp, server and client", "{here}/peers/proxies/naive.py"),
+    _proxy(
+        "litellm", "LiteLLM proxy", "{here}/peers/litellm/server.py",
+        venv="litellm", ready="/health/liveliness",
+    ),
+)  # fmt: skip
+
 SUITES: Mapping[str, tuple[Side, ...]] = {
     "embed": EMBED,
     "generate": GENERATE,
     "ingress": INGRESS,
+    "edge": EDGE,
 }

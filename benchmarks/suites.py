@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, workload
+from benchmarks import edge, machine, workload
 from benchmarks.load import Job
 from benchmarks.server import Running, SideFailed, client_environment, running
 from benchmarks.sides import SUITES, Side, tick
@@ -42,10 +42,11 @@ def run(suite: str, options: Options) -> dict[str, Any]:
     sides = [s for s in SUITES[suite] if not options.only or s.name in options.only]
     measured: list[dict[str, Any]] = []
     described = machine.describe()
-    weights = workload.encoder_directory()
+    weights = Path() if suite == "edge" else workload.encoder_directory()
     with tempfile.TemporaryDirectory(prefix="nb-data-") as name:
         data = Path(name)
-        _write_data(data)
+        if suite != "edge":
+            _write_data(data)
         for number in range(1, options.rounds + 1):
             # A limit is a side like any other: what slows the machine must slow it too.
             if suite != "ingress" and (not options.only or LIMIT in options.only):
@@ -53,6 +54,10 @@ def run(suite: str, options: Options) -> dict[str, Any]:
             for side in sides:
 
                 def measure(side: Side = side) -> Figures:
+                    if suite == "edge":
+                        return edge.measure(
+                            side, data, seconds=options.seconds, quick=options.quick
+                        )
                     with running(side, data, weights) as server:
                         return {
                             "ready_s": server.started_s,
@@ -107,11 +112,13 @@ def _one(number: int, name: str, measure: Any) -> dict[str, Any]:
 _SHOWN = {
     "rps", "alone_p50_ms", "c1_p50_ms", "c32_rps", "c32_p99_ms", "s1_tokens_per_s",
     "s16_tokens_per_s", "alone_ttft_p50_ms", "prefill_p50_ms", "first_ms", "sse_ttft_p50_ms",
-    "sse_gap_p99_ms",
+    "sse_gap_p99_ms", "c32_cpu_us", "many_grown_mb", "frozen_mb",
 }  # fmt: skip
 
 
 def _limit(suite: str, data: Path, options: Options) -> Figures:
+    if suite == "edge":
+        return edge.measure(None, data, seconds=options.seconds, quick=options.quick)
     command = [sys.executable, "-m", "benchmarks.limits", suite, str(data)]
     command += ["--quick"] if options.quick else []
     return _figures(command, None, 300)

@@ -16,6 +16,12 @@ TIMES_BEST_PEER = {"embed": 1.5, "generate": 2.0}
 ABOVE_FORWARD_MS = 1.5
 ABOVE_PREFILL_MS = 5.0
 FIRST_TO_MEDIAN = 3.0
+GATEWAY = "nearfield"
+SHARE_OF_ENVOY = 0.8
+TIMES_LITELLM = 30.0
+ADDED_MS = 0.2
+GROWN_MB = 8.0
+FROZEN_MB = 150.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +36,7 @@ class Verdict:
 
 def of(suite: str, figures: Figures) -> list[Verdict]:
     """The suite's bars; medians over the rounds decide."""
-    return {"embed": _embed, "generate": _generate, "ingress": _none}[suite](figures)
+    return {"embed": _embed, "generate": _generate, "ingress": _none, "edge": _edge}[suite](figures)
 
 
 def best_peer(
@@ -93,6 +99,29 @@ def _generate(figures: Figures) -> list[Verdict]:
     ]
 
 
+def _edge(figures: Figures) -> list[Verdict]:
+    rps = figures.median(GATEWAY, "c32_rps")
+    alone = figures.median(GATEWAY, "c1_p50_ms")
+    direct = figures.median("limit", "c1_p50_ms")
+    added = None if alone is None or direct is None else alone - direct
+    return [
+        _at_least(
+            "requests/s at 32, of Envoy's", rps, figures.median("envoy", "c32_rps"), SHARE_OF_ENVOY
+        ),
+        _at_least(
+            "requests/s at 32, of LiteLLM's",
+            rps,
+            figures.median("litellm", "c32_rps"),
+            TIMES_LITELLM,
+        ),
+        _at_most("added to p50 at 1", added, ADDED_MS),
+        _at_most(
+            "grown over 200,000 requests", figures.median(GATEWAY, "many_grown_mb"), GROWN_MB, "MB"
+        ),
+        _at_most("for 500 frozen readers", figures.median(GATEWAY, "frozen_mb"), FROZEN_MB, "MB"),
+    ]
+
+
 def _none(_: Figures) -> list[Verdict]:
     return []
 
@@ -111,10 +140,10 @@ def _at_least(bar: str, value: float | None, base: float | None, share: float) -
     return Verdict(bar, f"≥ {share}×", found, _outcome(value >= share * base))
 
 
-def _at_most(bar: str, value: float | None, most: float | None) -> Verdict:
+def _at_most(bar: str, value: float | None, most: float | None, unit: str = "ms") -> Verdict:
     if value is None or most is None:
         return Verdict(bar, "–", "–", "not measured")
-    return Verdict(bar, f"≤ {most:.2f} ms", f"{value:.2f} ms", _outcome(value <= most))
+    return Verdict(bar, f"≤ {most:.2f} {unit}", f"{value:.2f} {unit}", _outcome(value <= most))
 
 
 def _outcome(met: bool) -> str:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 MAX_TOKENS = 200
 """Every answer of the generate suite is exactly this long."""
+KEY_ID, SECRET = "bench001", "0123456789abcdef0123456789abcdef"
+KEY = f"nf_{KEY_ID}_{SECRET}"
+"""What the edge suite's client authenticates with."""
 
 _SUBJECTS = [
     "the ferry", "a tired engineer", "our neighbour", "the northern region",

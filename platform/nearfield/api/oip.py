@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from nearfield.api.error_bodies import oip_error as error_body
 from nearfield.api.events import (
     Embedded,
     EmbedRequest,
@@ -39,7 +40,7 @@ from nearfield.api.oip_tensors import (
 from nearfield.api.openai_answers import dump
 from nearfield.api.openai_types import GenerateParameters
 from nearfield.api.validation import validate
-from nearfield.core.errors import BadRequest, EngineFailed, NearfieldError, UpstreamFailed
+from nearfield.core.errors import BadRequest, EngineFailed, UpstreamFailed
 from numpy.typing import NDArray
 
 __all__ = [
@@ -328,10 +329,6 @@ def model_metadata(
         "inputs": shown(inputs),
         "outputs": shown(outputs),
     }
-
-
-def error_body(error: NearfieldError) -> dict[str, Any]:
-    return {"error": error.message}
 
 
 # ---- text models behind infer, and the generate extension --------------------------------------

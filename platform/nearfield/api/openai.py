@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from nearfield.api.error_bodies import openai_error as error_body
 from nearfield.api.openai_answers import (
     DONE,
     FINGERPRINT,
     Renderer,
     dump,
     embeddings_body,
-    error_body,
     model_body,
     models_body,
 )

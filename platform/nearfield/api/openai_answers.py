@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pydantic_core
+from nearfield.api.error_bodies import openai_error as error_body
 from nearfield.api.events import (
     Completed,
     Embedded,
@@ -42,18 +43,6 @@ def dump(value: Any) -> bytes:
         # A model may write half a surrogate pair, in a call's arguments for instance. Such a
         # character has no UTF-8; JSON can escape it.
         return json.dumps(value, separators=(",", ":")).encode()
-
-
-def error_body(error: NearfieldError) -> dict[str, Any]:
-    """An error as OpenAI's clients expect it: all four fields, always."""
-    return {
-        "error": {
-            "message": error.message,
-            "type": error.type,
-            "param": error.param,
-            "code": error.code,
-        }
-    }
 
 
 def models_body(model: str, created_s: int) -> dict[str, Any]:

@@ -1,0 +1,202 @@
+"""The edge suite: what a proxy costs in front of an upstream that costs next to nothing.
+
+The proxy has one core (the last), the client and the upstream have the others, so that requests
+a second are the proxy's; its CPU time a request is measured beside them and says the same where
+the client is the limit. JSON is asked by wrk, streams by `load`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.load import Job
+from benchmarks.server import Running, SideFailed, client_environment, running
+from benchmarks.sides import UPSTREAM, Side, tick
+from benchmarks.workload import KEY
+
+REPO = Path(__file__).parent.parent
+PATH = "/v1/chat/completions"
+AUTHORIZATION = f"Authorization: Bearer {KEY}\r\n"
+STREAMS = 64
+FROZEN = 500
+FROZEN_S = 3.0
+MANY_REQUESTS = 200_000
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+Figures = dict[str, float]
+
+# What the openai client sends, and a question of usual length.
+_SCRIPT = """\
+wrk.method = "POST"
+wrk.body = [[{"messages":[{"role":"user","content":"What is 47 + 85? Answer with the number."}],\
+"model":"chat","temperature":0}]]
+wrk.headers["Content-Type"] = "application/json"
+wrk.headers["Accept"] = "application/json"
+wrk.headers["User-Agent"] = "OpenAI/Python 3.1.0"
+wrk.headers["X-Stainless-Lang"] = "python"
+wrk.headers["X-Stainless-Package-Version"] = "3.1.0"
+wrk.headers["X-Stainless-Runtime"] = "CPython"
+wrk.headers["X-Stainless-Runtime-Version"] = "3.11.7"
+wrk.headers["Authorization"] = "Bearer KEY"
+done = function(summary, latency, requests)
+  io.stderr:write(string.format("%d %d %d %d %d",
+    summary.requests, summary.duration, latency:percentile(50), latency:percentile(99),
+    summary.errors.connect + summary.errors.read + summary.errors.write + summary.errors.status
+    + summary.errors.timeout))
+end
+"""
+
+
+def cpus() -> dict[str, str]:
+    """Where the proxy runs, and where the rest does."""
+    allowed = sorted(os.sched_getaffinity(0))
+    rest = allowed[:-1] or allowed
+    return {"cpu": str(allowed[-1]), "client_cpus": ",".join(map(str, rest))}
+
+
+def measure(side: Side | None, data: Path, *, seconds: float, quick: bool) -> Figures:
+    """One round of a side; None: the client straight at the upstream.
+
+    Raises:
+        SideFailed: it does not start, or answers with errors, or a tool is missing.
+    """
+    if shutil.which("wrk") is None:
+        raise SideFailed("wrk is not installed: apt-get install wrk")
+    places = cpus()
+    with running(UPSTREAM, data, data, places) as upstream:
+        if side is None:
+            return _figures(upstream, seconds, quick)
+        places["upstream"] = str(upstream.port)
+        with running(side, data, data, places) as proxy:
+            figures = {"ready_s": proxy.started_s, **_figures(proxy, seconds, quick)}
+            if side.name != "litellm":  # it would take an hour over as many requests
+                figures |= _memory(proxy, quick)
+            return figures
+
+
+def _figures(server: Running, seconds: float, quick: bool) -> Figures:
+    _wrk(server, 32, 0.5 if quick else 2.0)
+    figures: Figures = {}
+    for connections in (1, 32):
+        before_s = _cpu_s(server)
+        found = _wrk(server, connections, seconds)
+        used_s = _cpu_s(server) - before_s
+        found["cpu_us"] = 1e6 * used_s / found.pop("requests")
+        figures |= {f"c{connections}_{key}": value for key, value in found.items()}
+    return figures | _streams(server, seconds)
+
+
+def _wrk(server: Running, connections: int, seconds: float) -> Figures:
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        script.write(_SCRIPT.replace("KEY", KEY))
+        script.flush()
+        command = [
+            *("taskset", "-c", cpus()["client_cpus"], "wrk", "--threads", "1", "--latency"),
+            *("--connections", str(connections), "--duration", f"{max(1, round(seconds))}s"),
+            *("--timeout", "10s", "--script", script.name),
+            f"http://127.0.0.1:{server.port}{PATH}",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60)
+    try:
+        requests, took_us, p50_us, p99_us, errors = map(int, done.stderr.split())
+    except ValueError:
+        raise SideFailed(done.stderr[-300:] + done.stdout[-300:]) from None
+    if errors or not requests:
+        raise SideFailed(f"{errors} of {requests} requests failed")
+    return {
+        "requests": requests,
+        "rps": requests / (took_us / 1e6),
+        "p50_ms": p50_us / 1000,
+        "p99_ms": p99_us / 1000,
+    }
+
+
+def _streams(server: Running, seconds: float) -> Figures:
+    job = Job(
+        server.port, PATH, [tick("Hello", "") | {"model": "chat"}], STREAMS,
+        seconds=seconds, stream=True, headers=AUTHORIZATION,
+    )  # fmt: skip
+    _load(dataclasses.replace(job, seconds=0, requests=STREAMS))
+    alone = _load(dataclasses.replace(job, connections=1, seconds=min(2, seconds)))
+    before_s = _cpu_s(server)
+    found = _load(job)
+    found["cpu_us_per_token"] = 1e6 * (_cpu_s(server) - before_s) / found["tokens"]
+    return {f"sse1_{k}": v for k, v in alone.items()} | {f"sse_{k}": v for k, v in found.items()}
+
+
+def _load(job: Job) -> Figures:
+    command = ["taskset", "-c", cpus()["client_cpus"], sys.executable, "-m", "benchmarks.load"]
+    done = subprocess.run(
+        command,
+        cwd=REPO,
+        env=client_environment({}),
+        input=json.dumps(dataclasses.asdict(job)),
+        capture_output=True,
+        text=True,
+        timeout=job.seconds + 200,
+    )
+    if done.returncode:
+        raise SideFailed(done.stderr.strip()[-300:])
+    figures: Figures = json.loads(done.stdout)
+    return figures
+
+
+def _memory(server: Running, quick: bool) -> Figures:
+    """What stays after many requests, and what a crowd of readers that do not read takes."""
+    before_mb = _resident_mb(server)
+    sent = 0.0
+    while sent < MANY_REQUESTS / (20 if quick else 1):
+        sent += _wrk(server, 32, 1.0 if quick else 5.0)["requests"]
+    after_mb = _resident_mb(server)
+    request = f"POST /v1/flood HTTP/1.1\r\nHost: x\r\n{AUTHORIZATION}Content-Length: 2\r\n\r\n{{}}"
+    frozen = _connect(server.port, FROZEN, request.encode())
+    time.sleep(FROZEN_S)
+    first_mb = _resident_mb(server)
+    time.sleep(FROZEN_S)
+    second_mb = _resident_mb(server)
+    for each in frozen:
+        each.close()
+    return {
+        "rss_mb": before_mb,
+        "many_grown_mb": after_mb - before_mb,
+        "frozen_mb": first_mb - after_mb,
+        "frozen_grown_mb": second_mb - first_mb,
+    }
+
+
+def _connect(port: int, count: int, request: bytes) -> Sequence[socket.socket]:
+    """Clients that ask and never read; their own buffers are as small as they can be."""
+    made = []
+    for _ in range(count):
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", port))
+        client.sendall(request)
+        made.append(client)
+    return made
+
+
+def _cpu_s(server: Running) -> float:
+    """CPU time of all its processes since their starts."""
+    ticks = 0
+    for pid in server.processes():
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / TICKS_PER_S
+
+
+def _resident_mb(server: Running) -> float:
+    pages = 0
+    for pid in server.processes():
+        pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

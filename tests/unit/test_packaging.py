@@ -157,6 +157,7 @@ class TestImportRules:
                 "platform/nearfield/api",
                 "import torch",
             ),
+            "SQL appears only in the store": ("edge/nearfield/edge", "import sqlalchemy"),
             "Policy and core are pure": ("autoscaling/nearfield/policy", "from httpx import get"),
             "Policy is given the time": ("autoscaling/nearfield/policy", "import time"),
         }

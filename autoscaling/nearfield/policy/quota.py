@@ -32,14 +32,20 @@ LEASE_S = 3.0
 """How long a share may be spent after it was leased or renewed. Also how long the others do
 without what a gateway held that died."""
 
-AHEAD_S = 1.0
-"""A gateway holds what it expects to need for so long. Twice the time between two renewals."""
+RENEW_S = 0.5
+"""How often a gateway looks which of its leases to renew."""
+
+AHEAD_S = 2 * RENEW_S
+"""A gateway holds what it expects to need for so long."""
 
 OFFLINE_GRACE_S = 300.0
 """Without the store a gateway goes on at its part of the rate for so long. Then it refuses."""
 
-RATE_WEIGHT = 0.4
-"""Weight of the newest measurement in the rate that a share expects."""
+UNLIMITED = 2**62
+"""Granted where a limit has been lifted."""
+
+QUIET = 0.05
+"""Expected requests below which a caller counts as quiet: three seconds after its last one."""
 
 MINUTE_S = 60.0
 
@@ -203,25 +209,10 @@ class Share:
     """
 
     __slots__ = (
-        "_counted_s",
-        "_earned_s",
-        "_taken",
-        "_told_s",
-        "dimension",
-        "expires_s",
-        "granted",
-        "holder",
-        "level",
-        "limit",
-        "offline_since_s",
-        "rate_per_s",
-        "reserved",
-        "returned",
-        "sharers",
-        "spent",
-        "subject",
-        "term",
-    )
+        "_amount", "_counted_s", "_earned_s", "_next_holder", "_taken", "_told_s", "dimension",
+        "expires_s", "granted", "holder", "level", "limit", "offline_since_s", "rate_per_s",
+        "reserved", "returned", "sharers", "spent", "subject", "term",
+    )  # fmt: skip
 
     def __init__(
         self, subject: str, dimension: Dimension, limit: Limit, *, now_s: float, sharers: int = 1
@@ -235,12 +226,13 @@ class Share:
         self.term = 0
         self.level = float(limit.capacity)
         self.offline_since_s: float | None = None
-        self._taken = 0
+        self._taken, self._amount = 0, 1
         self._counted_s = self._told_s = self._earned_s = now_s
-        self._begin_term("")
+        self._begin_term(None)
 
-    def _begin_term(self, holder: str) -> None:
-        self.holder = holder
+    def _begin_term(self, holder: str | None) -> None:
+        self.holder: str | None = holder
+        self._next_holder: str | None = None
         self.granted = self.spent = self.returned = 0
         self.expires_s = -math.inf
         self.term += 1
@@ -255,17 +247,18 @@ class Share:
             return 0
         return self.granted - self.spent - self.returned - self.reserved
 
+    def want(self, amount: int) -> None:
+        """Note a demand, met or not."""
+        self._taken += amount
+        self._amount = amount
+
     def take(self, amount: int) -> None:
         """Reserve; a request is spent at once."""
-        self._taken += amount
+        self.want(amount)
         if self.dimension == "requests":
             self.spent += amount
         else:
             self.reserved += amount
-
-    def miss(self, amount: int) -> None:
-        """Note a demand that was not met."""
-        self._taken += amount
 
     def settle(self, term: int, reserved: int, used: int) -> None:
         """Free what was reserved in that term, charge what was used."""
@@ -287,6 +280,20 @@ class Share:
 
     # ---- renewal: `claim`, then `accept` or `earn` ----
 
+    def due(self, now_s: float) -> bool:
+        """Whether it is time to renew."""
+        if self.offline_since_s is not None:
+            return True
+        free = self.granted - self.spent - self.returned - self.reserved
+        expected = max(self.rate_per_s * AHEAD_S, self._taken)
+        return now_s > self.expires_s - LEASE_S / 2 or free < expected
+
+    def may_get(self, amount: int, now_s: float) -> bool:
+        """Whether so much could be had by asking the store: not if it has just said no."""
+        if self.offline_since_s is not None:
+            return False
+        return now_s - self._told_s > RENEW_S or self.remaining(now_s) >= amount
+
     def claim(self, now_s: float, *, holder: str, waiting: Sequence[int] = ()) -> Claim:
         """What to tell the store now, and to ask of it. Gives up what is more than needed.
 
@@ -294,20 +301,24 @@ class Share:
             holder: a fresh name, for the case that the lease has expired.
             waiting: what each request needs that waits for this.
         """
-        if now_s >= self.expires_s or self.offline_since_s is not None:
-            self._begin_term(holder)
         self._count(now_s)
         ahead = math.ceil(self.rate_per_s * AHEAD_S)
-        free = self.granted - self.spent - self.returned - self.reserved
-        if free > 2 * ahead and not waiting:
-            self.returned += free - ahead
-            free = ahead
+        if self.holder is None or now_s >= self.expires_s:
+            self._next_holder = holder
+            spent = returned = 0
+            free = -self.reserved if self.dimension == "streams" else 0
+        else:
+            free = self.granted - self.spent - self.returned - self.reserved
+            if free > 2 * ahead and not waiting:
+                self.returned += free - ahead
+                free = ahead
+            holder, spent, returned = self.holder, self.spent, self.returned
         return Claim(
             self.subject,
             self.dimension,
-            self.holder,
-            self.spent,
-            self.returned,
+            holder,
+            spent,
+            returned,
             wanted=max(0, ahead - free, sum(waiting) - free),
             least=max(0, min(waiting) - free) if waiting else 0,
         )
@@ -316,16 +327,24 @@ class Share:
         elapsed_s = now_s - self._counted_s
         if elapsed_s < AHEAD_S / 4:
             return  # too short to say anything about a rate
-        self.rate_per_s += RATE_WEIGHT * (self._taken / elapsed_s - self.rate_per_s)
-        if self.rate_per_s * AHEAD_S < 0.05:
+        weight = -math.expm1(-elapsed_s / AHEAD_S)
+        self.rate_per_s += weight * (self._taken / elapsed_s - self.rate_per_s)
+        if self.rate_per_s * AHEAD_S < QUIET * self._amount:
             self.rate_per_s = 0.0
         self._taken = 0
         self._counted_s = now_s
 
     def accept(self, claim: Claim, grant: Grant, *, asked_s: float) -> None:
         """Take the store's answer; `asked_s` is when the claim was made."""
-        if claim.holder != self.holder or grant.limit is None:
-            return  # an answer to a lease that is over, or the limit is
+        if grant.limit is None:
+            self._begin_term(None)
+            self.granted, self.expires_s = UNLIMITED, asked_s + LEASE_S
+            self.offline_since_s = None
+            return
+        if claim.holder == self._next_holder:
+            self._begin_term(claim.holder)
+        elif claim.holder != self.holder:
+            return  # an answer to a lease that is over
         self.limit = grant.limit
         self.granted = max(self.granted, grant.granted)
         self.expires_s = max(self.expires_s, asked_s + LEASE_S)
@@ -340,7 +359,7 @@ class Share:
             if now_s < self.expires_s:
                 return  # the lease still holds
             left = max(0.0, self._level(now_s)) / self.sharers
-            self._begin_term("")
+            self._begin_term(None)
             self.granted = math.floor(min(left, most))
             self.offline_since_s = self._earned_s = now_s
         if now_s - self.offline_since_s > OFFLINE_GRACE_S:
@@ -356,11 +375,17 @@ class Share:
                 self.granted += max(0, min(earned, room))
         self.expires_s = now_s + LEASE_S
 
+    def retire(self) -> None:
+        """Expect nothing more: the next claim gives back all that is free."""
+        self.rate_per_s, self._taken, self._counted_s = 0.0, 0, math.inf
+
     @property
     def idle(self) -> bool:
         """Nothing is held, reserved or expected: once the store knows, it can be forgotten."""
         held = self.granted - self.spent - self.returned
-        return held <= 0 and not self.reserved and not self.rate_per_s and not self._taken
+        if held > 0 and self.granted < UNLIMITED:
+            return False
+        return not (self.reserved or self.rate_per_s or self._taken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,7 +432,7 @@ def reserve(
     for share in shares:
         needed = amounts[share.dimension]
         if needed > share.available(now_s):
-            share.miss(needed)
+            share.want(needed)
             return Lack(share, needed)
     taken: list[tuple[Share, int]] = []
     for share in shares:

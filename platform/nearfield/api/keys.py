@@ -254,6 +254,12 @@ class KeyTable:
             self._entries[key_id.encode()] = self._entry(self._keys[key_id])
         self.revision = snapshot.revision
 
+    def clear(self) -> None:
+        """Forget everything."""
+        for known in (self._tenants, self._products, self._keys, self._of_tenant, self._entries):
+            known.clear()
+        self.revision = 0
+
     def snapshot(self) -> Snapshot:
         """All that is known."""
         return Snapshot(

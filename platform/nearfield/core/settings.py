@@ -1,6 +1,16 @@
 """What the environment may set, read once and in one place.
 
-    NEARFIELD_HOME   where local regions keep their state (default: ~/.nearfield)
+    NEARFIELD_HOME                 where local state is kept (default: ~/.nearfield)
+    NEARFIELD_DATABASE_URL         tenants, keys, quotas, usage: sqlite:////absolute/path or
+                                   postgresql://user@host/name (default: SQLite in NEARFIELD_HOME)
+    NEARFIELD_KEY_PEPPER_FILE      the secret behind the digests of API keys
+                                   (default: key-pepper in NEARFIELD_HOME, made when first needed)
+
+A region that has one of these takes no request without a passport or a key:
+
+    NEARFIELD_PASSPORT_KEYS_FILE   the secrets it shares with its gateways
+    NEARFIELD_KEYS_FILE            API keys of its own, from `nearfield keys export`
+    NEARFIELD_JURISDICTION         where it is (`eu`): passports for elsewhere are refused
 
 A model's own settings are never here: they stand in its config, which can be reviewed.
 """
@@ -16,9 +26,14 @@ from nearfield.core.errors import BadRequest
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The environment, parsed. `home`: the directory of local regions, absolute."""
+    """The environment, parsed. Paths are absolute."""
 
     home: Path
+    database_url: str
+    key_pepper_file: Path
+    passport_keys_file: Path | None = None
+    keys_file: Path | None = None
+    jurisdiction: str | None = None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
@@ -27,12 +42,23 @@ class Settings:
         Raises:
             BadRequest: a variable has a value that cannot be used.
         """
-        home = environ.get("NEARFIELD_HOME")
-        if home is None:
-            return cls(home=Path.home() / ".nearfield")
-        path = Path(home).expanduser()
-        if not path.is_absolute():
-            raise BadRequest(
-                f"NEARFIELD_HOME is {home!r}: it must be an absolute path", param="NEARFIELD_HOME"
-            )
-        return cls(home=path)
+        home = _path(environ, "NEARFIELD_HOME") or Path.home() / ".nearfield"
+        return cls(
+            home=home,
+            database_url=environ.get("NEARFIELD_DATABASE_URL")
+            or f"sqlite:///{home / 'nearfield.sqlite3'}",
+            key_pepper_file=_path(environ, "NEARFIELD_KEY_PEPPER_FILE") or home / "key-pepper",
+            passport_keys_file=_path(environ, "NEARFIELD_PASSPORT_KEYS_FILE"),
+            keys_file=_path(environ, "NEARFIELD_KEYS_FILE"),
+            jurisdiction=environ.get("NEARFIELD_JURISDICTION") or None,
+        )
+
+
+def _path(environ: Mapping[str, str], name: str) -> Path | None:
+    value = environ.get(name)
+    if value is None:
+        return None
+    path = Path(value).expanduser()
+    if not path.is_absolute():
+        raise BadRequest(f"{name} is {value!r}: it must be an absolute path", param=name)
+    return path

@@ -1,0 +1,90 @@
+"""Usage records in SQL: added once, never changed, summed when somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from nearfield.store.database import Database
+from nearfield.store.ports import GroupBy, Usage, UsageTotal
+from nearfield.store.schema import usage
+from sqlalchemy import ColumnElement, Text, cast, func, select
+from sqlalchemy.dialects import postgresql, sqlite
+
+RECORDS_AT_ONCE = 500
+_DAY_S = 86400
+
+_COLUMNS: Mapping[GroupBy, ColumnElement[Any]] = {
+    "tenant": usage.c.tenant,
+    "product": usage.c.product,
+    "key": usage.c.key_id,
+    "model": usage.c.model,
+    "region": usage.c.region,
+    "endpoint": usage.c.endpoint,
+    "outcome": usage.c.outcome,
+}
+
+
+class SqlLedger:
+    """See `ports.Ledger`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def append(self, records: Sequence[Usage]) -> int:
+        module = sqlite if self._database.dialect == "sqlite" else postgresql
+        added = 0
+        for start in range(0, len(records), RECORDS_AT_ONCE):
+            rows = [asdict(record) for record in records[start : start + RECORDS_AT_ONCE]]
+            with self._database.writing() as connection:
+                insert = module.insert(usage).values(rows).on_conflict_do_nothing()
+                added += len(connection.execute(insert.returning(usage.c.record_id)).all())
+        return added
+
+    def totals(
+        self,
+        by: Sequence[GroupBy],
+        *,
+        tenant: str | None = None,
+        since_s: float | None = None,
+        until_s: float | None = None,
+    ) -> list[UsageTotal]:
+        groups = [self._day() if name == "day" else _COLUMNS[name] for name in by]
+        query = select(
+            *groups,
+            func.count().label("requests"),
+            func.sum(usage.c.input_tokens).label("input_tokens"),
+            func.sum(usage.c.cached_tokens).label("cached_tokens"),
+            func.sum(usage.c.output_tokens).label("output_tokens"),
+            func.sum(usage.c.duration_s).label("duration_s"),
+        )
+        if tenant is not None:
+            query = query.where(usage.c.tenant == tenant)
+        if since_s is not None:
+            query = query.where(usage.c.started_s >= since_s)
+        if until_s is not None:
+            query = query.where(usage.c.started_s < until_s)
+        if groups:
+            query = query.group_by(*groups).order_by(*groups)
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        return [
+            UsageTotal(
+                tuple(row[: len(groups)]),
+                row.requests,
+                int(row.input_tokens),
+                int(row.cached_tokens),
+                int(row.output_tokens),
+                float(row.duration_s),
+            )
+            for row in rows
+            if row.requests
+        ]
+
+    def _day(self) -> ColumnElement[Any]:
+        """A record's day in UTC, as 2026-11-24."""
+        if self._database.dialect == "sqlite":
+            return func.date(usage.c.started_s, "unixepoch")
+        moment = func.timezone("UTC", func.to_timestamp(usage.c.started_s))
+        return cast(func.to_char(moment, "YYYY-MM-DD"), Text)

@@ -1,8 +1,13 @@
-"""What holds for every test: the slow folders get more time than the default of pyproject.toml."""
+"""What holds for every test: slow folders get more time than the default of pyproject.toml, and
+hypothesis tries the same examples every time."""
 
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 SLOW_TIMEOUT_S = 300
 SLOW = {"integration", "multiregion", "chaos", "e2e"}  # as in the Makefile

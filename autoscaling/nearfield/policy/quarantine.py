@@ -1,0 +1,153 @@
+"""The query of death: find the request that kills replicas, and refuse it before it has them all.
+
+When a replica dies, every request inside it is a suspect. An innocent one is absolved by being
+answered; the culprit never is. So suspects are *tried*: no replica runs two at a time, and no body
+runs twice at a time (`may_try`), whether it comes again as a replay or as a new request. If the
+replica of a trial dies, that one did it. Two kills, and the body is refused for a while.
+
+Replicas that die together have one cause, and it need not be a request: a node was lost, or a
+region. Then only bodies that were in more than one of them are suspects, and none is convicted
+before its trial: a prompt that everybody sends is in every replica whatever kills them.
+
+An engine that dies alone inside a replica that lives (`engine_crashed`) names its culprit itself:
+that is a death with one body inside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nearfield.core.errors import Unprocessable
+
+KILLS = 2
+"""Deaths that convict a body, the last of them in its trial or with nothing else inside."""
+TOGETHER_S = 1.0
+"""Deaths within so long of each other are one event."""
+SUSPECT_S = 300.0
+"""How long a suspect is remembered that does not come again."""
+QUARANTINE_S = 600.0
+MOST_RECORDS = 1024
+"""Bodies remembered. Beyond them the oldest suspects are forgotten, then the oldest convicts."""
+
+Standing = Literal["clear", "suspect", "quarantined"]
+
+
+def fingerprint(model: str, body: bytes) -> bytes:
+    """Names a body without keeping any of it."""
+    return hashlib.blake2b(body, digest_size=16, key=model.encode()[:64]).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """deaths: replicas that died with it inside. until_s: when it is forgotten or let in again."""
+
+    deaths: int
+    until_s: float
+    convicted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """What is held against whom.
+
+    Attributes:
+        records: by fingerprint, the oldest first. Where it is empty no body need be looked at.
+        recent: when replicas died lately, and what was inside.
+    """
+
+    records: Mapping[bytes, Record] = field(default_factory=dict)
+    recent: tuple[tuple[float, frozenset[bytes]], ...] = ()
+
+    def standing(self, body: bytes, now_s: float) -> Standing:
+        """Of the body with this fingerprint."""
+        record = self.records.get(body)
+        if record is None or now_s >= record.until_s:
+            return "clear"
+        return "quarantined" if record.convicted else "suspect"
+
+    def absolved(self, body: bytes) -> Quarantine:
+        """One with this fingerprint was answered to the end: it does not kill."""
+        record = self.records.get(body)
+        if record is None or record.convicted:
+            return self
+        return Quarantine({k: r for k, r in self.records.items() if k != body}, self.recent)
+
+    def blamed(
+        self, inside: Sequence[tuple[bytes, bool]], now_s: float
+    ) -> tuple[Quarantine, frozenset[bytes]]:
+        """A replica, or the engine in it, has died.
+
+        Args:
+            inside: of each request it had, the fingerprint and whether it was on trial.
+
+        Returns:
+            The quarantine afterwards, and the fingerprints it died of beyond doubt: those requests
+            are not sent again.
+        """
+        lately = tuple(death for death in self.recent if now_s - death[0] < TOGETHER_S)
+        accused, certain = _accused(inside, [bodies for _, bodies in lately])
+        records = {
+            body: record
+            for body, record in self.records.items()
+            if now_s < record.until_s and body not in accused
+        }
+        for body in accused:
+            known = self.standing(body, now_s) != "clear"
+            before = self.records[body] if known else Record(0, 0.0)
+            # Of deaths that come together only the first counts: they are one event.
+            deaths = before.deaths + 1 if certain or not lately else max(1, before.deaths)
+            convicted = before.convicted or (certain and deaths >= KILLS)
+            until_s = now_s + (QUARANTINE_S if convicted else SUSPECT_S)
+            records[body] = Record(deaths, until_s, convicted)
+        recent = (*lately, (now_s, frozenset(body for body, _ in inside)))
+        guilty = frozenset(accused) if certain else frozenset()
+        return Quarantine(_bounded(records), recent), guilty
+
+
+def _accused(
+    inside: Sequence[tuple[bytes, bool]], others: Collection[frozenset[bytes]]
+) -> tuple[list[bytes], bool]:
+    """Who is to blame for a death, and whether that is beyond doubt.
+
+    others: what was inside the replicas that died just before.
+    """
+    tried = list(dict.fromkeys(body for body, on_trial in inside if on_trial))
+    if tried:
+        unrelated = any(tried[0] not in bodies for bodies in others)
+        return tried, len(tried) == 1 and not unrelated
+    bodies = list(dict.fromkeys(body for body, _ in inside))
+    if others:
+        return [body for body in bodies if any(body in other for other in others)], False
+    # Many requests with one body prove nothing: that may be what everybody sends.
+    return bodies, len(inside) == 1
+
+
+def _bounded(records: dict[bytes, Record]) -> dict[bytes, Record]:
+    excess = len(records) - MOST_RECORDS
+    if excess <= 0:
+        return records
+    # Sorting is stable, so each kind stays in order of age.
+    forgotten = set(sorted(records, key=lambda body: records[body].convicted)[:excess])
+    return {body: record for body, record in records.items() if body not in forgotten}
+
+
+def may_try(body: bytes, *, trying: Collection[bytes], suspects_there: int) -> bool:
+    """Whether a suspect may run now.
+
+    Args:
+        trying: bodies on trial in this region. suspects_there: those on the replica it would go to.
+    """
+    return body not in trying and suspects_there == 0
+
+
+def refusal(record: Record, now_s: float) -> Unprocessable:
+    """What the sender of a quarantined body is told."""
+    return Unprocessable(
+        f"Replicas died of this request {record.deaths} times, so it is not run again for now. "
+        "Change it, or report it.",
+        code="request_quarantined",
+        retry_after_s=max(1.0, record.until_s - now_s),
+    )

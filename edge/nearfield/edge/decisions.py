@@ -1,0 +1,72 @@
+"""What the ports of this gateway tell each other about a request: who asks, and where it went.
+
+The Gate puts an `Admission` into `Grant.about`; the Router answers with a `Routed` leg. Retries,
+the Recorder and the pages read both and need to know neither of their makers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from nearfield.api.keys import Principal
+from nearfield.edge.proxy.ports import Leg
+from nearfield.policy.endpoints import DEFAULT, Caller
+from nearfield.policy.explain import Explanation
+
+Kind = Literal["generate", "embed", "tensor", "other"]
+"""Of work: what may be hedged, and how its size is guessed."""
+
+
+@dataclass(slots=True, eq=False)
+class Admission:
+    """A request as the Gate let it in.
+
+    Attributes:
+        principal: whose it is. caller: the class of callers it is routed as.
+        criticality: a position, see `policy.endpoints`.
+        from_gateway: another gateway sent it here with a passport: it is served at home, and its
+            limits were counted there.
+        tokens: guess of its work: of the prompt, and what may come.
+        prompt_tokens: guess of the prompt alone.
+        version: of the model, where the caller names one.
+        session: where the caller names one (`x-session-id`, `prompt_cache_key`), salted by its tenant.
+        hedge: its caller opted in. idempotency_key: its caller's, if any.
+    """
+
+    principal: Principal
+    caller: Caller
+    kind: Kind = "other"
+    criticality: int = DEFAULT
+    from_gateway: bool = False
+    tokens: int = 1
+    prompt_tokens: int = 0
+    version: str | None = None
+    session: bytes | None = None
+    hedge: bool = False
+    idempotency_key: bytes | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Routed(Leg):
+    """A leg, and why this one.
+
+    Attributes:
+        endpoint: `eu-west/chat@1/default`. region, model, version, pool: its parts.
+        replica: the replica at home; None for another region's gateway or Serve's own ingress.
+        why, reason: in one word, and in one line (`policy.explain.summary`).
+        predicted_s: time to the first byte.
+        explain: the decision for every endpoint; called only where somebody asks.
+    """
+
+    endpoint: str = ""
+    region: str = ""
+    model: str = ""
+    version: str = ""
+    pool: str = ""
+    replica: str | None = None
+    why: str = ""
+    reason: str = ""
+    predicted_s: float = 0.0
+    explain: Callable[[], Explanation] | None = None

@@ -33,6 +33,8 @@ class Admission:
         version: of the model, where the caller names one.
         session: where the caller names one (`x-session-id`, `prompt_cache_key`), salted by its tenant.
         hedge: its caller opted in. idempotency_key: its caller's, if any.
+        trial: the fingerprint of its body, once it may have killed a replica: from then on it runs
+            only where no other suspect does (`policy.quarantine.may_try`).
     """
 
     principal: Principal
@@ -46,6 +48,7 @@ class Admission:
     session: bytes | None = None
     hedge: bool = False
     idempotency_key: bytes | None = None
+    trial: bytes | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +60,7 @@ class Routed(Leg):
         replica: the replica at home; None for another region's gateway or Serve's own ingress.
         why, reason: in one word, and in one line (`policy.explain.summary`).
         predicted_s: time to the first byte.
+        trial: no other suspect runs there.
         explain: the decision for every endpoint; called only where somebody asks.
     """
 
@@ -69,4 +73,5 @@ class Routed(Leg):
     why: str = ""
     reason: str = ""
     predicted_s: float = 0.0
+    trial: bool = False
     explain: Callable[[], Explanation] | None = None

@@ -69,11 +69,14 @@ class Try(Attempt):
 
     def on_head(self, status: int, fields: list[tuple[bytes, bytes]], length: int | None) -> None:
         self.status = status
-        self.first_byte_s = time.monotonic()
+        self.first_byte_s = self.heard_s = time.monotonic()
+        if status == 503:
+            self.retry_after = any(name == b"retry-after" for name, _ in fields)
         if self._exchange is not None:
             self._exchange.on_head(self, status, fields, length)
 
     def on_data(self, data: bytes) -> None:
+        self.heard_s = time.monotonic()
         if self._exchange is not None:
             self._exchange.on_data(data)
 

@@ -133,12 +133,20 @@ class Leg:
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """One try at one target, as far as it has come. `status` is 0 until the answer's head."""
+    """One try at one target, as far as it has come. `status` is 0 until the answer's head.
+
+    Attributes:
+        reused: over a connection that was kept.
+        heard_s: when the last bytes of the answer came.
+        retry_after: an answer that is unavailable (503) says when to come back.
+    """
 
     leg: Leg
     started_s: float
     reused: bool = False
     first_byte_s: float | None = None
+    heard_s: float | None = None
+    retry_after: bool = False
     ended_s: float | None = None
     status: int = 0
     failure: FailureKind | None = None

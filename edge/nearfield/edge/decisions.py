@@ -20,6 +20,15 @@ Kind = Literal["generate", "embed", "tensor", "other"]
 
 
 @dataclass(slots=True, eq=False)
+class Tokens:
+    """What an answer said that it took. `cached` are among `input`."""
+
+    input: int = 0
+    cached: int = 0
+    output: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class Admission:
     """A request as the Gate let it in.
 
@@ -33,6 +42,8 @@ class Admission:
         version: of the model, where the caller names one.
         session: where the caller names one (`x-session-id`, `prompt_cache_key`), salted by its tenant.
         hedge: its caller opted in. idempotency_key: its caller's, if any.
+        used: what it really took, once the Gate's Tap has read it in the answer; None: it did not
+            say.
         trial: the fingerprint of its body, once it may have killed a replica: from then on it runs
             only where no other suspect does (`policy.quarantine.may_try`).
     """
@@ -48,6 +59,7 @@ class Admission:
     session: bytes | None = None
     hedge: bool = False
     idempotency_key: bytes | None = None
+    used: Tokens | None = None
     trial: bytes | None = None
 
 

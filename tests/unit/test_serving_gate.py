@@ -86,3 +86,19 @@ async def test_no_place_is_lost_whatever_happens() -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
         assert (gate.running, gate.waiting, gate.queue_age_s) == (0, 0, 0)
     assert most == 3
+
+
+async def test_who_may_fill_less_of_the_queue_is_refused_earlier() -> None:
+    gate = Gate(max_running=2, max_queued=10)
+    places = [gate.place(0.5) for _ in range(7)]
+    with pytest.raises(RateLimited):
+        gate.place(0.5)
+    places += [gate.place(0.9) for _ in range(4)]
+    with pytest.raises(RateLimited):
+        gate.place(0.9)
+    places.append(gate.place())
+    with pytest.raises(RateLimited):
+        gate.place()
+    assert gate.room == 0
+    for place in places:
+        place.release()

@@ -24,9 +24,11 @@ class Gate:
 
     def __init__(self, max_running: int, max_queued: int) -> None:
         self.running = 0
+        self._request_s = self._busy_s = 0.0
+        self._counted_s = time.monotonic()  # up to when those two hold
         self._taken = 0
         self._max_running = max_running
-        self._max_taken = max_running + max_queued
+        self._max_queued = max_queued
         self._queue: deque[Place] = deque()
         self._service_s = 0.0
 
@@ -38,7 +40,7 @@ class Gate:
     @property
     def room(self) -> int:
         """Places that are left."""
-        return self._max_taken - self._taken
+        return self._max_running + self._max_queued - self._taken
 
     @property
     def queue_age_s(self) -> float:
@@ -48,13 +50,29 @@ class Gate:
                 return time.monotonic() - place.queued_s
         return 0.0
 
-    def place(self) -> Place:
+    def inside(self) -> tuple[float, float]:
+        """Time that requests have spent inside the engine, and time with any inside; seconds."""
+        self._count()
+        return self._request_s, self._busy_s
+
+    def _count(self) -> None:
+        """To be called before `running` changes."""
+        now_s = time.monotonic()
+        elapsed_s, self._counted_s = now_s - self._counted_s, now_s
+        if self.running:
+            self._request_s += self.running * elapsed_s
+            self._busy_s += elapsed_s
+
+    def place(self, queue_share: float = 1.0) -> Place:
         """Take a place; leave its `with` block to give it back.
+
+        Args:
+            queue_share: of the queue that this caller may fill (`policy.endpoints.QUEUE_SHARES`).
 
         Raises:
             RateLimited: all are taken; `retry_after_s` is when one is likely to be free.
         """
-        if self._taken >= self._max_taken:
+        if self._taken >= self._max_running + int(queue_share * self._max_queued):
             raise RateLimited(
                 f"The model is busy: {self._taken} requests are running or waiting here. "
                 "Send the request again later.",
@@ -75,6 +93,7 @@ class Gate:
             self._queue.append(place)
             await place.called  # whoever leaves hands its turn over
         else:
+            self._count()
             self.running += 1
         place.entered_s = time.monotonic()
 
@@ -90,6 +109,7 @@ class Gate:
             if place in self._queue:
                 self._queue.remove(place)
             return
+        self._count()
         self.running -= 1
         while self._queue and self.running < self._max_running:
             following = self._queue.popleft()

@@ -23,9 +23,11 @@ from nearfield.core.errors import (
     EngineFailed,
     NearfieldError,
     PayloadTooLarge,
+    Unauthenticated,
     UnsupportedMedia,
 )
 from nearfield.core.ids import new_id
+from nearfield.serving.access import Access, Door
 from nearfield.telemetry import logs, names
 from nearfield.telemetry.requests import Recorder, RequestRecord
 from starlette.types import Receive, Scope, Send
@@ -57,6 +59,7 @@ class Exchange:
     Attributes:
         headers: the request's, names in lower case; of repeated ones the last.
         deadline_s: when the answer must be complete, on `time.monotonic()`.
+        queue_share: of the replica's queue that this request may fill.
         record: what telemetry will be told.
         started: the status line has been sent; an error can no longer have one of its own.
     """
@@ -69,6 +72,7 @@ class Exchange:
         "deadline_s",
         "headers",
         "path_params",
+        "queue_share",
         "record",
         "started",
     )
@@ -91,6 +95,7 @@ class Exchange:
         self.headers = headers
         self.record = record
         self.deadline_s = deadline_s
+        self.queue_share = 1.0
         self.started = False
         self._stream_error: ErrorBody | None = None
 
@@ -206,6 +211,8 @@ class Exchange:
         headers: list[Header] = []
         if error.retry_after_s is not None:
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
+        if error.status == Unauthenticated.status:
+            headers.append((b"www-authenticate", b"Bearer"))
         await self.answer(render(error), status=error.status, headers=headers)
 
 
@@ -216,24 +223,33 @@ class Frontend:
     Attributes:
         timeout_s: the deadline of a request that brings none of its own.
         ingress_returns_id: whoever called us puts the request's id into the answer (Serve does).
+        access: who may call; None: everybody.
     """
 
     recorder: Recorder
     timeout_s: float
     ingress_returns_id: bool = False
+    access: Access | None = None
 
 
 class Endpoint:
     """One route as an ASGI application: methods, deadline, errors, record."""
 
     def __init__(
-        self, path: str, handlers: dict[str, Handler], errors: ErrorBody, frontend: Frontend
+        self,
+        path: str,
+        handlers: dict[str, Handler],
+        errors: ErrorBody,
+        frontend: Frontend,
+        *,
+        door: Door | None = "inference",
     ) -> None:
         """
         Args:
             path: the route's pattern, for telemetry.
             handlers: by method. HEAD is answered as GET; what is missing is a 405.
             errors: renders an error in the dialect of this route.
+            door: who may call, where not everybody may; None: everybody always may.
         """
         self.path = path
         self._handlers = handlers
@@ -241,6 +257,7 @@ class Endpoint:
             handlers.setdefault("HEAD", handlers["GET"])
         self._errors = errors
         self._frontend = frontend
+        self._door = door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -271,11 +288,12 @@ class Endpoint:
 
     async def _run(self, exchange: Exchange, method: str) -> None:
         try:
+            latest_s = self._admit(exchange)
             handler = self._handlers.get(method) or self._handlers.get(ANY)
             if handler is None:
                 await self._refuse_method(exchange, method)
                 return
-            exchange.deadline_s = self._deadline_s(exchange)
+            exchange.deadline_s = min(latest_s, self._deadline_s(exchange))
             async with asyncio.timeout(exchange.deadline_s - time.monotonic()):
                 await handler(exchange)
         except NearfieldError as error:
@@ -291,6 +309,26 @@ class Endpoint:
                 code="internal_error",
             )
             await exchange.fail(failure, self._errors)
+
+    def _admit(self, exchange: Exchange) -> float:
+        """Let the request in; returns when its answer must be complete at the latest.
+
+        Raises:
+            Unauthenticated, Forbidden: as `Access.admit`.
+        """
+        access = self._frontend.access
+        if access is None or self._door is None:
+            return math.inf
+        caller = access.admit(exchange.headers, self._door)
+        exchange.queue_share = caller.queue_share
+        attributes = exchange.record.attributes
+        attributes[names.TENANT] = caller.tenant
+        attributes[names.KEY_ID] = caller.key_id
+        if caller.product is not None:
+            attributes[names.PRODUCT] = caller.product
+        if caller.timeout_s is None:
+            return math.inf
+        return exchange.record.started_s + caller.timeout_s
 
     async def _refuse_method(self, exchange: Exchange, method: str) -> None:
         allowed = ", ".join(sorted(self._handlers))
@@ -334,6 +372,7 @@ def _log(record: RequestRecord) -> None:
             "route": record.route,
             "status": record.status,
             "code": record.error,
+            "tenant": record.attributes.get(names.TENANT),
             "duration_s": took_s,
             "input_tokens": record.input_tokens,
             "output_tokens": record.output_tokens,

@@ -7,7 +7,9 @@ import logging
 import os
 
 import ray
+from nearfield.core.settings import Settings
 from nearfield.core.spec import ModelSpec
+from nearfield.serving.access import Access
 from nearfield.serving.gate import Gate
 from nearfield.serving.host import EngineHost
 from nearfield.serving.http import Frontend
@@ -29,6 +31,7 @@ class Replica:
 
     def __init__(self, spec: ModelSpec) -> None:
         logs.configure(model=spec.model)
+        self._access = Access.from_settings(Settings.from_env(os.environ), spec.model)
         limits = spec.limits
         self._service = Service(
             spec,
@@ -50,6 +53,7 @@ class Replica:
             Recorder(self._telemetry),
             timeout_s=self._service.spec.limits.timeout_s,
             ingress_returns_id=True,
+            access=self._access,
         )
         return build_router(self._service, frontend, self._telemetry)
 

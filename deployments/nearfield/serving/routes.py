@@ -9,6 +9,7 @@ from nearfield.api import openapi
 from nearfield.api.load import LOAD_PATH
 from nearfield.core.errors import NotFound
 from nearfield.serving import routes_oip, routes_openai
+from nearfield.serving.access import Door
 from nearfield.serving.http import ANY, Endpoint, Exchange, Frontend, Handler
 from nearfield.serving.service import Service
 from nearfield.telemetry.setup import Telemetry
@@ -44,17 +45,18 @@ class PlainRoutes:
         self._document: bytes | None = None
 
     def routes(self, frontend: Frontend) -> list[Route]:
-        table: list[tuple[str, Handler]] = [
-            ("/healthz", self.live),
-            ("/livez", self.live),
-            ("/readyz", self.ready),
-            ("/metrics", self.metrics),
-            (LOAD_PATH, self.load),
-            ("/openapi.json", self.openapi),
+        table: list[tuple[str, Handler, Door | None]] = [
+            ("/healthz", self.live, None),
+            ("/livez", self.live, None),
+            ("/readyz", self.ready, None),
+            ("/metrics", self.metrics, "operation"),
+            (LOAD_PATH, self.load, "operation"),
+            ("/openapi.json", self.openapi, "inference"),
         ]
+        render = routes_openai.render_error
         return [
-            Route(path, Endpoint(path, {"GET": handler}, routes_openai.render_error, frontend))
-            for path, handler in table
+            Route(path, Endpoint(path, {"GET": handler}, render, frontend, door=door))
+            for path, handler, door in table
         ]
 
     async def live(self, exchange: Exchange) -> None:

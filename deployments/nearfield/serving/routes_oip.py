@@ -8,6 +8,7 @@ from importlib.metadata import version as installed_version
 from nearfield.api import oip, openai
 from nearfield.api.events import Completed, Embedded, GenerateRequest, Inferred, Request, Task, Text
 from nearfield.core.errors import BadRequest, NearfieldError
+from nearfield.serving.access import Door
 from nearfield.serving.http import JSON, OCTETS, Endpoint, Exchange, Frontend, Handler
 from nearfield.serving.service import Answer, Service
 from nearfield.telemetry import names
@@ -38,15 +39,19 @@ class OIPRoutes:
             ("GET", "", self.model),
         ]
         prefixes = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
-        table = [(m, prefix + path, h) for prefix in prefixes for m, path, h in of_model]
+        table: list[tuple[str, str, Handler, Door | None]] = [
+            (method, prefix + path, handler, "inference")
+            for prefix in prefixes
+            for method, path, handler in of_model
+        ]
         table += [
-            ("GET", "/v2", self.server),
-            ("GET", "/v2/health/live", self.live),
-            ("GET", "/v2/health/ready", self.ready),
+            ("GET", "/v2", self.server, "inference"),
+            ("GET", "/v2/health/live", self.live, None),
+            ("GET", "/v2/health/ready", self.ready, None),
         ]
         return [
-            Route(path, Endpoint(path, {method: handler}, render_error, frontend))
-            for method, path, handler in table
+            Route(path, Endpoint(path, {method: handler}, render_error, frontend, door=door))
+            for method, path, handler, door in table
         ]
 
     # ---- health and metadata ----------------------------------------------------------------
@@ -80,7 +85,7 @@ class OIPRoutes:
         exchange.require_content_type((JSON, OCTETS), optional=True)
         header_length = _header_length(exchange)
         inputs, outputs = self._tensors()
-        with service.gate.place() as place:
+        with service.gate.place(exchange.queue_share) as place:
             body = await exchange.body(service.spec.limits.max_body_bytes)
             call = oip.parse_infer(body, header_length, inputs, outputs)
             requests = self._requests(call)
@@ -120,7 +125,7 @@ class OIPRoutes:
     async def generate(self, exchange: Exchange) -> None:
         service = self._service
         exchange.record.operation = names.TEXT_COMPLETION
-        with service.gate.place() as place:
+        with service.gate.place(exchange.queue_share) as place:
             request, identity = await self._generate_request(exchange)
             with service.answer(exchange, place, (request,), whole=True) as answer:
                 text = "".join(
@@ -136,7 +141,7 @@ class OIPRoutes:
     async def generate_stream(self, exchange: Exchange) -> None:
         service = self._service
         exchange.record.operation = names.TEXT_COMPLETION
-        with service.gate.place() as place:
+        with service.gate.place(exchange.queue_share) as place:
             request, identity = await self._generate_request(exchange)
             with service.answer(exchange, place, (request,), whole=False) as answer:
                 opened = False

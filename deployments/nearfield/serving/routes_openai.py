@@ -63,7 +63,7 @@ class OpenAIRoutes:
         service = self._service
         exchange.record.operation = OPERATIONS["embedding"]
         exchange.require_content_type((JSON,))
-        with service.gate.place() as place:
+        with service.gate.place(exchange.queue_share) as place:
             call = await self._call(exchange, openai.parse_embeddings)
             service.require_task("embed")
             embedded: list[Embedded] = []
@@ -87,7 +87,7 @@ class OpenAIRoutes:
         service = self._service
         exchange.record.operation = OPERATIONS[kind]
         exchange.require_content_type((JSON,))
-        with service.gate.place() as place:
+        with service.gate.place(exchange.queue_share) as place:
             call = await self._call(exchange, parse)
             self._require_abilities(call)
             _describe(exchange.record, call)

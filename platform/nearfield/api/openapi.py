@@ -35,8 +35,11 @@ _EVENTS: Json = {
         }
     }
 }
+_PUBLIC = ("/healthz", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
 _PROBLEMS = {
     "400": "The request is wrong; the error names the field and the remedy.",
+    "401": "The region is closed, and the request has neither a passport nor a key.",
+    "403": "The passport or key is not for this model or this region.",
     "404": "There is no such model here.",
     "408": "The request's deadline passed in front of the replica.",
     "413": "The body is too large.",
@@ -97,6 +100,7 @@ def document(spec: ModelSpec, abilities: Abilities) -> Json:
             "post": _post("Embed texts.", "EmbeddingBody", "EmbeddingResponse", stream=False)
         }
     paths |= _oip_paths(abilities)
+    _close(paths)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -105,8 +109,27 @@ def document(spec: ModelSpec, abilities: Abilities) -> Json:
             "description": "OpenAI's API under /v1, the Open Inference Protocol under /v2.",
         },
         "paths": paths,
-        "components": {"schemas": _schemas(spec)},
+        # {}: nothing is needed where the region is open
+        "security": [{}, {"key": []}, {"passport": []}],
+        "components": {
+            "schemas": _schemas(spec),
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer", "bearerFormat": "nf_<id>_<secret>"},
+                "passport": {"type": "apiKey", "in": "header", "name": "x-nearfield-passport"},
+            },
+        },
     }
+
+
+def _close(paths: Json) -> None:
+    """Say of every route but those of health that it may refuse a caller."""
+    for path, operations in paths.items():
+        error = "OipError" if path.startswith("/v2") else "ErrorResponse"
+        for operation in operations.values():
+            if path in _PUBLIC:
+                operation["security"] = []
+            else:
+                operation["responses"] |= _problems(["401", "403"], error)
 
 
 def _schemas(spec: ModelSpec) -> Json:

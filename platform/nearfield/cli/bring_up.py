@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from nearfield.cli import deploy
 from nearfield.cli.probe import Answer, ask
 from nearfield.cli.region import Region, Report
 from nearfield.core.serve_config import MODEL_BUILDER
+from nearfield.core.settings import Settings
 from nearfield.core.spec import ModelSpec
 
 _ASK_TIMEOUT_S = 120.0
@@ -64,6 +66,7 @@ def _ask(region: Region, app: dict[str, Any], outcome: deploy.Outcome) -> Starte
     if not outcome.ready or url is None or app["import_path"] != MODEL_BUILDER:
         return Started(name, url, reason=outcome.reason)
     spec = ModelSpec.model_validate(app["args"])
-    answer = ask(url, spec, timeout_s=_ASK_TIMEOUT_S)
+    settings = Settings.from_env(os.environ)
+    answer = ask(url, spec, timeout_s=_ASK_TIMEOUT_S, settings=settings)
     reason = None if answer.error is None else f"it does not answer: {answer.error}"
     return Started(name, url, spec, answer, reason)

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import httpx
+from nearfield.api.load import gateways_passport
+from nearfield.api.passport import HEADER, PassportKeys
+from nearfield.core.ids import new_id
+from nearfield.core.settings import Settings
 from nearfield.core.spec import ModelSpec
 
 Kind = Literal["chat", "embeddings", "ready"]
@@ -39,13 +43,17 @@ def kind_of(spec: ModelSpec) -> Kind:
     return "ready"
 
 
-def ask(base_url: str, spec: ModelSpec, *, timeout_s: float) -> Answer:
+def ask(base_url: str, spec: ModelSpec, *, timeout_s: float, settings: Settings) -> Answer:
     """Ask until there is an answer, or `timeout_s` is over.
 
-    The first tries may find no route yet, or a replica on its way up from zero.
+    The first tries may find no route yet, or a replica on its way up from zero. A region that is
+    closed is asked with a passport. If only keys open it, which are not known here, it is asked
+    whether it is ready.
     """
     kind = kind_of(spec)
     path, body = _request(kind, spec.model)
+    if settings.keys_file is not None and settings.passport_keys_file is None:
+        kind, path, body = "ready", "/readyz", None
     started_s = time.monotonic()
     with httpx.Client(timeout=timeout_s, trust_env=False) as client:
         while True:
@@ -53,10 +61,12 @@ def ask(base_url: str, spec: ModelSpec, *, timeout_s: float) -> Answer:
             left_s = timeout_s - (asked_s - started_s)
             error = "no answer in time"
             try:
-                response = (
-                    client.get(base_url + path, timeout=left_s)
-                    if body is None
-                    else client.post(base_url + path, json=body, timeout=left_s)
+                response = client.request(
+                    "GET" if body is None else "POST",
+                    base_url + path,
+                    json=body,
+                    timeout=left_s,
+                    headers=_passport(settings, timeout_s),
                 )
                 if response.is_success:
                     text = _text(kind, response)
@@ -67,6 +77,15 @@ def ask(base_url: str, spec: ModelSpec, *, timeout_s: float) -> Answer:
             if time.monotonic() - started_s + _POLL_S > timeout_s:
                 return Answer(spec.model, kind, None, error, time.monotonic() - started_s)
             time.sleep(_POLL_S)
+
+
+def _passport(settings: Settings, timeout_s: float) -> dict[bytes, bytes]:
+    if settings.passport_keys_file is None:
+        return {}
+    passport = gateways_passport(
+        new_id("req"), now_ms=int(time.time() * 1000), timeout_ms=int(timeout_s * 1000)
+    )
+    return {HEADER: PassportKeys.load(settings.passport_keys_file).sign(passport)}
 
 
 def _request(kind: Kind, model: str) -> tuple[str, Mapping[str, Any] | None]:

@@ -10,7 +10,10 @@ A region that has one of these takes no request without a passport or a key:
 
     NEARFIELD_PASSPORT_KEYS_FILE   the secrets it shares with its gateways
     NEARFIELD_KEYS_FILE            API keys of its own, from `nearfield keys export`
-    NEARFIELD_JURISDICTION         where it is (`eu`): passports for elsewhere are refused
+
+and then refuses what may not be where it is:
+
+    NEARFIELD_JURISDICTION         `eu`; unset: whatever is bound to any place is refused
 
 A model's own settings are never here: they stand in its config, which can be reviewed.
 """

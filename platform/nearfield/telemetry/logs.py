@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 LOGGER = "nearfield"
 """The root of our loggers. Other libraries' logs are left as their owners set them up."""
 
-_EXTRA = ("route", "status", "code", "duration_s", "input_tokens", "output_tokens")
+_EXTRA = ("tenant", "route", "status", "code", "duration_s", "input_tokens", "output_tokens")
 
 _ids: ContextVar[tuple[str, str, str] | None] = ContextVar("nearfield_log_ids", default=None)
 

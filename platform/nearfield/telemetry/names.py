@@ -15,6 +15,7 @@ SPAN_QUEUE: Final = "queue"  # accepted → first computed
 SPAN_PREFILL: Final = "prefill"  # → first token
 SPAN_DECODE: Final = "decode"  # → last token
 SPAN_COMPUTE: Final = "engine step"  # an embedding's or a tensor request's one forward
+SPAN_ATTEMPT: Final = "attempt"  # a gateway's: one try at one endpoint
 
 # Attributes of spans and metrics.
 OPERATION: Final = "gen_ai.operation.name"
@@ -39,9 +40,22 @@ URL_PATH: Final = "url.path"
 MODEL_VERSION: Final = "nearfield.model.version"
 MODEL: Final = "nearfield.model"
 REQUEST_ID: Final = "nearfield.request.id"
+TENANT: Final = "nearfield.tenant"
+PRODUCT: Final = "nearfield.product"
+KEY_ID: Final = "nearfield.key.id"
 BATCH_SIZE: Final = "nearfield.batch.size"
 STEPS: Final = "nearfield.steps"
 CACHED_TOKENS: Final = "nearfield.usage.cached_tokens"
+GATEWAY: Final = "nearfield.gateway"
+REGION: Final = "nearfield.region"
+ENDPOINT: Final = "nearfield.endpoint"
+REPLICA: Final = "nearfield.replica"
+ATTEMPTS: Final = "nearfield.attempts"
+ROUTE_WHY: Final = "nearfield.route.why"
+ROUTE_REASON: Final = "nearfield.route.reason"
+ROUTE_PREDICTED: Final = "nearfield.route.predicted_s"
+FIRST_BYTE: Final = "nearfield.first_byte_s"
+CODE: Final = "nearfield.code"
 
 PROVIDER_NAME: Final = "nearfield"
 
@@ -64,6 +78,17 @@ TOKENS: Final = "nearfield.tokens"
 QUEUE_TIME: Final = "nearfield.queue.time"
 BATCH_SIZES: Final = "nearfield.batch.sizes"
 ERRORS: Final = "nearfield.errors"
+
+# A gateway's, beside those of a request: of its tries, and of what it could not write down.
+CLIENT_DURATION: Final = "gen_ai.client.operation.duration"
+CLIENT_TOKENS: Final = "gen_ai.client.token.usage"
+RETRIES: Final = "nearfield.retries"
+MALFORMED: Final = "nearfield.malformed"
+PAGES: Final = "nearfield.pages"
+USAGE_WAITING: Final = "nearfield.usage.waiting"
+USAGE_WRITTEN: Final = "nearfield.usage.written"
+USAGE_LOST: Final = "nearfield.usage.lost"
+LOG_LINES_LOST: Final = "nearfield.log.lost"
 
 # Metrics of a moment, read when somebody collects.
 RUNNING: Final = "nearfield.requests.running"
@@ -89,3 +114,8 @@ TOKEN_BUCKETS_S: Final = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0,
 )  # fmt: skip
 BATCH_BUCKETS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
+TOKEN_COUNT_BUCKETS: Final = (
+    1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0, 262144.0, 1048576.0, 4194304.0,
+    16777216.0, 67108864.0,
+)  # fmt: skip
+"""As the conventions ask for `gen_ai.client.token.usage`."""

@@ -19,6 +19,9 @@ COMMANDS = {
     "models": ("status", "List the models of the region: where, in which state."),
     "status": ("status", "Show the region: endpoint, models, processes."),
     "rm": ("serve", "Remove models from the region."),
+    "tenants": ("tenants", "Who calls and is billed, where their data may be, their limits."),
+    "keys": ("keys", "API keys: create, list, rotate, revoke, export; passport secrets."),
+    "usage": ("usage", "Sum what tenants, models, regions or keys used."),
     "down": ("down", "Stop the region and everything in it."),
 }
 

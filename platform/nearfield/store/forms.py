@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, TypeVar
+from datetime import UTC, datetime
+from typing import Annotated, Any, TypeVar, get_args
 
 import pydantic
 from nearfield.api.keys import Scope
 from nearfield.core.errors import BadRequest
 from nearfield.core.spec import Name
 from nearfield.policy.quota import Limits
+from nearfield.store.ports import GroupBy
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 MAX_LIMIT = 10**12
@@ -109,6 +113,47 @@ def parse(kind: type[Kind], data: Any) -> Kind:
         raise BadRequest(f"{param} is missing.", param=param, code="missing_parameter")
     value = repr(first["input"])[:60]
     raise BadRequest(f"{param} is {value}: {_lower(first['msg'])}.", param=param)
+
+
+GROUPS: tuple[GroupBy, ...] = get_args(GroupBy)
+
+
+def groups(names: Sequence[str], param: str) -> list[GroupBy]:
+    """What usage is summed by.
+
+    Raises:
+        BadRequest: a name is no group, or is there twice.
+    """
+    found: list[GroupBy] = [group for name in names for group in GROUPS if group == name]
+    if len(found) != len(names):
+        odd = next(name for name in names if name not in GROUPS)
+        raise BadRequest(
+            f"{param} is {odd[:60]!r}: usage is summed by {', '.join(GROUPS)}.", param=param
+        )
+    if len(set(found)) != len(found):
+        raise BadRequest(f"{param} names a group twice.", param=param)
+    return found
+
+
+def moment_s(text: str, param: str) -> float:
+    """A moment as Unix time: seconds, or ISO 8601 (`2026-11-25`, `2026-11-25T08:00:00Z`; without
+    a zone UTC).
+
+    Raises:
+        BadRequest: it is neither.
+    """
+    with contextlib.suppress(ValueError):
+        seconds = float(text)
+        if math.isfinite(seconds):
+            return seconds
+    with contextlib.suppress(ValueError):
+        moment = datetime.fromisoformat(text)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    raise BadRequest(
+        f"{param} is {text[:60]!r}: send Unix seconds, or a date as 2026-11-25 or "
+        "2026-11-25T08:00:00Z.",
+        param=param,
+    )
 
 
 def _lower(text: str) -> str:

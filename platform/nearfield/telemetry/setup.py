@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from nearfield.telemetry import names
+from nearfield.telemetry.export import exports
 from opentelemetry.metrics import CallbackOptions, Histogram, Meter, Observation
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
@@ -85,7 +86,7 @@ class Telemetry:
         self._registry = CollectorRegistry()
         self._registry.register(_GatewayNames(model, moment))
         readers: list[MetricReader] = [_prometheus_reader(self._registry)]
-        if _exports("METRICS", environ):
+        if exports("METRICS", environ):
             from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 
             readers.append(PeriodicExportingMetricReader(OTLPMetricExporter()))
@@ -95,7 +96,7 @@ class Telemetry:
         _observe(meter, moment, {names.REQUEST_MODEL: model})
         self._traces: TracerProvider | None = None
         self.tracer: Tracer | None = None
-        if _exports("TRACES", environ):
+        if exports("TRACES", environ):
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
             self._traces = TracerProvider(resource=resource, shutdown_on_exit=False)
@@ -111,17 +112,6 @@ class Telemetry:
         if self._traces is not None:
             self._traces.shutdown()
         self._meters.shutdown()
-
-
-def _exports(signal: str, environ: Mapping[str, str]) -> bool:
-    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
-        return False
-    if environ.get(f"OTEL_{signal}_EXPORTER", "otlp").lower() == "none":
-        return False
-    return bool(
-        environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
-        or environ.get(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT")
-    )
 
 
 def _prometheus_reader(registry: CollectorRegistry) -> MetricReader:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from nearfield.api.events import (
     Completed,
@@ -17,9 +18,17 @@ from nearfield.api.events import (
     EmbedRequest,
     Sampling,
     Text,
+    Timings,
 )
 from nearfield.core.errors import BadRequest, EngineFailed, NearfieldError
-from nearfield.serving.framing import Channel, FrameReader, Kind, encode, pack_events
+from nearfield.serving.framing import (
+    Channel,
+    FrameReader,
+    Kind,
+    encode,
+    pack_events,
+    unpack_event,
+)
 from nearfield.serving.host import EngineHost
 
 from tests.support.hosting import (
@@ -62,6 +71,19 @@ def test_channel_end_of_stream_is_none_even_inside_a_frame() -> None:
 def test_a_token_crosses_as_a_tuple() -> None:
     done = Text("a", finish_reason="stop")
     assert pack_events([("1", done)]) == [("1", ("a", 0, 1, "stop", None, None))]
+
+
+def test_vectors_cross_as_their_bytes_whatever_their_layout() -> None:
+    columns = np.arange(6, dtype=np.float64).reshape(3, 2).T  # a custom engine's own idea of them
+    embedded = Embedded(columns, 5, Timings(1.0, queue_s=0.5, batch_size=2))
+    [(name, packed)] = pack_events([("1", embedded)])
+    assert name == "1"
+    assert type(packed) is list
+    again = unpack_event(packed)
+    assert isinstance(again, Embedded)
+    assert again.vectors.dtype == np.float32
+    assert np.array_equal(again.vectors, columns)
+    assert (again.prompt_tokens, again.timings) == (5, embedded.timings)
 
 
 # ---- answers ----------------------------------------------------------------------------------

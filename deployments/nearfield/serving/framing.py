@@ -4,8 +4,9 @@ A frame is four bytes of length (little-endian) and a pickle (protocol 5) of `(k
 Both ends are our own processes on one host, so a pickle is as trustworthy as the code that
 reads it.
 
-A streamed token is by far the most common thing to cross, and pickling a frozen dataclass costs
-ten times a tuple (4.6 against 0.4 µs), so `Text` crosses as the tuple of its fields.
+Pickling a frozen dataclass costs ten times a tuple (4.6 against 0.4 µs), and an array in one twenty
+times its bytes (31 against 2.6 µs to write). So what crosses for every token, or for every short
+request, does so as plain values: `Text` as the tuple of its fields, `Embedded` as a list of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-from nearfield.api.events import Event, Text
+import numpy as np
+from nearfield.api.events import Embedded, Event, Text, Timings
 from nearfield.core.spec import ModelSpec
 
 LENGTH = struct.Struct("<I")
@@ -56,16 +58,38 @@ def encode(kind: Kind, payload: Any) -> list[bytes]:
 
 
 def pack_events(events: Iterable[tuple[str, Event]]) -> list[tuple[str, Any]]:
-    """Events as they cross: `Text` as the tuple of its fields."""
-    return [
-        (
-            request_id,
-            (e.text, e.choice, e.tokens, e.finish_reason, e.stop_reason, e.logprobs)
-            if type(e) is Text
-            else e,
+    """Events as they cross; `unpack_event` makes them whole again."""
+    return [(request_id, _pack(event)) for request_id, event in events]
+
+
+def _pack(event: Event) -> Any:
+    if type(event) is Text:
+        return (
+            event.text,
+            event.choice,
+            event.tokens,
+            event.finish_reason,
+            event.stop_reason,
+            event.logprobs,
         )
-        for request_id, e in events
-    ]
+    if type(event) is Embedded:
+        t = event.timings
+        timings = (t.started_s, t.queue_s, t.prefill_s, t.decode_s, t.batch_size, t.steps)
+        vectors = np.ascontiguousarray(event.vectors, np.float32)
+        return [vectors.tobytes(), vectors.shape, event.prompt_tokens, timings]
+    return event
+
+
+def unpack_event(packed: Any) -> Event:
+    """An event from what `pack_events` made of it."""
+    if type(packed) is tuple:
+        return Text(*packed)
+    if type(packed) is list:
+        data, shape, prompt_tokens, timings = packed
+        vectors = np.frombuffer(data, np.float32).reshape(shape)
+        return Embedded(vectors, prompt_tokens, Timings(*timings))
+    event: Event = packed
+    return event
 
 
 class FrameReader:

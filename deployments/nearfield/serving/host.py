@@ -23,11 +23,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Self
 
-from nearfield.api.events import Event, Failed, Request, Text
+from nearfield.api.events import Event, Failed, Request
 from nearfield.core.errors import EngineFailed, NearfieldError, Unavailable
 from nearfield.core.spec import ModelSpec
 from nearfield.serving.engines.base import Capabilities, EngineStats
-from nearfield.serving.framing import Kind
+from nearfield.serving.framing import Kind, unpack_event
 from nearfield.serving.process import EngineProcess, exit_in_words, start_process
 
 log = logging.getLogger("nearfield.host")
@@ -219,7 +219,7 @@ class EngineHost:
             flight = flights.get(request_id)
             if flight is None:
                 continue  # cancelled meanwhile
-            event: Event = Text(*packed) if type(packed) is tuple else packed
+            event = unpack_event(packed)
             flight.deliver(event)
             if event.terminal:
                 if not isinstance(event, Failed):

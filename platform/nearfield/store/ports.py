@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import msgspec
 from nearfield.api.keys import Key, Product, Snapshot, Tenant
 from nearfield.policy.quota import Claim, Grant
 
@@ -109,9 +110,10 @@ class Quotas(Protocol):
         """Forget leases that expired long ago; returns how many."""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True):
     """What one request used. Times are Unix seconds.
+
+    A Struct, since one is made and written down for every request: a sixth of a dataclass's time.
 
     Attributes:
         record_id: names the request: another record of that name is the same one, and not kept.

@@ -6,22 +6,26 @@
 VENV ?= .venv
 export VENV
 
+# Contract tests meet real parts (engines, databases, sockets), side by side; the slow ones a Ray cluster, one by one.
 # A folder of tests that is not named here is fast: it cannot be forgotten.
 SLOW := tests/integration tests/multiregion tests/chaos tests/e2e
 SLOW_TESTS = $(sort $(shell find $(SLOW) -name 'test_*.py' 2>/dev/null))
 PYTEST = $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 .NOTPARALLEL:
-.PHONY: run test test-fast test-slow setup bench lint format lock clean
+.PHONY: run test test-fast test-contract test-slow setup bench lint format lock clean
 
 run:
 	@scripts/bootstrap.sh run
 	@$(VENV)/bin/nearfield up
 
-test: test-fast test-slow
+test: test-fast test-contract test-slow
 
 test-fast: setup
-	$(PYTEST) -n auto tests $(addprefix --ignore=,$(SLOW))
+	$(PYTEST) -n auto tests --ignore=tests/contract $(addprefix --ignore=,$(SLOW))
+
+test-contract: setup
+	$(PYTEST) -n auto tests/contract
 
 test-slow: setup
 	$(if $(SLOW_TESTS),$(PYTEST) $(SLOW_TESTS),@echo 'no tests under $(SLOW)')

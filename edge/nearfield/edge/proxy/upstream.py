@@ -321,13 +321,20 @@ class Pool:
         if self.open >= self.limits.max_upstream_connections:
             return None
         self.open += 1
-        task = asyncio.get_running_loop().create_task(self._connect(receiver))
+        upstream = Upstream(self)
+        task = asyncio.get_running_loop().create_task(self._connect(upstream, receiver))
         self._opening.add(task)
-        task.add_done_callback(self._opening.discard)
+
+        def over(task: asyncio.Task[None]) -> None:
+            self._opening.discard(task)
+            if task.cancelled():  # perhaps before a line of it was run
+                self.forget(upstream)
+
+        task.add_done_callback(over)
         return task
 
-    async def _connect(self, receiver: Receiver) -> None:
-        target, upstream = self.target, Upstream(self)
+    async def _connect(self, upstream: Upstream, receiver: Receiver) -> None:
+        target = self.target
         try:
             await asyncio.get_running_loop().create_connection(
                 lambda: upstream,

@@ -14,12 +14,13 @@ from nearfield.api.events import (
     Embedded,
     Event,
     Failed,
+    Inferred,
     Request,
     Task,
     Text,
     Timings,
 )
-from nearfield.api.load import ReplicaLoad
+from nearfield.api.load import ReplicaLoad, slots_of
 from nearfield.core.errors import BadRequest, NearfieldError, NotFound, RateLimited
 from nearfield.core.spec import ModelSpec
 from nearfield.serving.engines.base import Capabilities
@@ -39,6 +40,31 @@ _WAYS: dict[Task, str] = {
 
 
 @dataclass
+class Tally:
+    """What has been answered since the start. See `nearfield.api.load.ReplicaLoad`."""
+
+    answered: int = 0
+    answered_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    first_byte_s: float = 0.0
+
+    def count(self, event: Completed | Embedded | Inferred) -> None:
+        """One more answer is complete."""
+        prompt = cached = computed = 0
+        if isinstance(event, Completed):
+            prompt, cached = event.prompt_tokens, event.cached_tokens
+            computed = prompt - cached + event.completion_tokens
+        elif isinstance(event, Embedded):
+            prompt = computed = event.prompt_tokens
+        self.answered += 1
+        self.answered_tokens += max(1, computed)
+        self.prompt_tokens += prompt
+        self.cached_tokens += cached
+        self.first_byte_s += event.timings.prefill_s
+
+
+@dataclass
 class Service:
     """One model behind one gate. `created_s` is Unix time, for `GET /v1/models`."""
 
@@ -46,6 +72,7 @@ class Service:
     host: EngineHost
     gate: Gate
     created_s: int = field(default_factory=lambda: int(time.time()))
+    tally: Tally = field(default_factory=Tally)
 
     @property
     def model(self) -> str:
@@ -106,7 +133,8 @@ class Service:
 
     def load(self) -> ReplicaLoad:
         """The replica as it is now, for gateways."""
-        moment = self.moment()
+        moment, tally = self.moment(), self.tally
+        request_s, busy_s = self.gate.inside()
         return ReplicaLoad(
             model=self.spec.model,
             version=self.spec.version,
@@ -117,6 +145,15 @@ class Service:
             kv_usage=moment.kv_usage,
             tokens=moment.tokens,
             crashes=moment.crashes,
+            slots=slots_of(self.spec),
+            kv_total=self.host.stats.kv_total,
+            answered=tally.answered,
+            answered_tokens=tally.answered_tokens,
+            prompt_tokens=tally.prompt_tokens,
+            cached_tokens=tally.cached_tokens,
+            first_byte_s=tally.first_byte_s,
+            request_s=request_s,
+            busy_s=busy_s,
         )
 
     def answer(
@@ -147,6 +184,7 @@ class Answer:
         whole: bool,
     ) -> None:
         self._host = service.host
+        self._tally = service.tally
         self._record = exchange.record
         self._whole = whole
         deadline_s = exchange.deadline_s
@@ -227,6 +265,7 @@ class Answer:
                     raise event.error
                 return arrived[:position]
             self._unfinished -= 1
+            self._tally.count(event)
             if not self._unfinished:
                 # Rendering and sending the rest is not the engine's work: let the next one in.
                 self._places[0].release()

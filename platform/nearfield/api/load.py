@@ -75,7 +75,7 @@ def kind_of(spec: ModelSpec) -> Kind:
 
 
 def slots_of(spec: ModelSpec) -> int:
-    """Requests that one replica computes at once: what its engine batches, if it lets in as many."""
+    """Requests that one replica computes at once: its engine's batch, if it lets in as many."""
     engine = spec.engine
     if engine.kind in ("generate", "embed", "tensor"):
         return min(spec.limits.max_running, engine.max_batch)
@@ -179,6 +179,7 @@ class EndpointReport:
     """One endpoint of a region as its gateway sees it: see `policy.endpoints.EndpointState`.
 
     Attributes:
+        free: asking it costs nothing but time: a tiny question does no harm.
         products: whose pool it is; None: everybody's. current: serves whoever names no version.
         fallbacks: the models that may stand in for this one.
         replicas: those that take requests. slots: requests they compute at once, together.
@@ -190,6 +191,7 @@ class EndpointReport:
     version: Name
     pool: Name
     kind: Kind
+    free: bool
     current: bool
     products: tuple[Name, ...] | None
     fallbacks: tuple[Name, ...]

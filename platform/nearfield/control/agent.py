@@ -6,7 +6,8 @@
         import_path: nearfield.control:app
 
 One small replica that asks the controller at a constant pace, whatever happens. While the
-controller is gone it goes on telling what it knew, and how old that is.
+controller is gone it goes on telling what it knew, and how old that is. In a region that asks for
+passports or keys it tells only gateways and platform administrators.
 """
 
 from __future__ import annotations
@@ -14,10 +15,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import time
 
+from nearfield.api.error_bodies import openai_error
 from nearfield.api.load import TARGETS_PATH, Application, Targets
+from nearfield.control.entry import Entry
 from nearfield.control.targets import Controller
+from nearfield.core.errors import NearfieldError, Unavailable
+from nearfield.core.settings import Settings
 from ray import serve
 from ray.exceptions import RayError
 from starlette.requests import Request
@@ -43,6 +49,7 @@ class Agent:
     def __init__(self) -> None:
         self._applications: tuple[Application, ...] = ()
         self._known_s: float | None = None
+        self._entry = Entry(Settings.from_env(os.environ))
 
     async def __serve_build_asgi_app__(self) -> Router:
         self._polling = asyncio.create_task(self._poll())
@@ -50,9 +57,15 @@ class Agent:
         return Router([Route(path, self.targets)], redirect_slashes=False)
 
     async def targets(self, request: Request) -> Response:
-        if self._known_s is None:
-            body = json.dumps({"error": "The controller has not answered yet."})
-            return Response(body, 503, media_type="application/json")
+        try:
+            self._entry.admit(
+                request.headers.get("x-nearfield-passport"), request.headers.get("authorization")
+            )
+            if self._known_s is None:
+                raise Unavailable("The controller has not answered yet.", retry_after_s=1.0)
+        except NearfieldError as error:
+            body = json.dumps(openai_error(error))
+            return Response(body, error.status, media_type="application/json")
         known = Targets(self._applications, time.monotonic() - self._known_s)
         return Response(json.dumps(known.to_json()), media_type="application/json")
 
@@ -60,6 +73,7 @@ class Agent:
         controller = Controller()
         while True:
             began_s = time.monotonic()
+            self._entry.refresh()
             try:
                 self._applications = await asyncio.wait_for(controller.applications(), PATIENCE_S)
                 self._known_s = time.monotonic()

@@ -18,6 +18,7 @@ COMMANDS = {
     "serve": ("serve", "Add models to the running region, or upgrade them."),
     "models": ("status", "List the models of the region: where, in which state."),
     "status": ("status", "Show the region: endpoint, models, processes."),
+    "route": ("route", "Show where a request would go now, and why."),
     "rm": ("serve", "Remove models from the region."),
     "tenants": ("tenants", "Who calls and is billed, where their data may be, their limits."),
     "keys": ("keys", "API keys: create, list, rotate, revoke, export; passport secrets."),

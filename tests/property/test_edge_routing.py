@@ -140,7 +140,7 @@ class Gateway(RuleBasedStateMachine):
         crossings = {a.leg.region for a in attempts if isinstance(a.leg, Way)} | {found.region}
         refused = {a.leg.region for a in attempts if a.failure in ("refused", "connect_timeout")}
         assert len(crossings - refused) <= 2
-        attempt = Attempt(found, self.walk.now_s)
+        attempt = Attempt(found, self.walk.now_s, request=asked, grant=granted)
         attempts.append(attempt)
         self.router.began(attempt)
         self.open.append((attempt, attempts, asked, granted))

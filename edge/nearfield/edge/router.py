@@ -243,11 +243,23 @@ class WorldRouter:
             return None
         case = _Case(request, admission, attempts, home_only, self.world.clock())
         first = _first_region(attempts)
+        tried = {attempt.leg.target for attempt in attempts}
         for found in self._elsewhere(planned.plan, case):
+            if not self._untried(found, tried):
+                continue
             region = found.candidate.state.endpoint.region
             crosses = first is not None and region != first
             return Prospect(region, crosses, found.predicted_s, found.wait_s)
         return None
+
+    def _untried(self, found: Pick, tried: Collection[Target]) -> bool:
+        """Whether there is anybody at that endpoint who has not had the request."""
+        known = self.world.known(found.candidate.state.number)
+        if not isinstance(known, HomeEndpoint):
+            return known.target not in tried
+        if not known.places:
+            return known.ingress.target not in tried
+        return any(replica.target not in tried for replica in known.by_number.values())
 
     # ---- choosing ---------------------------------------------------------------------------
 
@@ -374,11 +386,13 @@ class WorldRouter:
                     crossed.add(leg.region)
                 if leg.region != self._here:  # its gateway has tried whatever it has
                     exhausted.add(leg.region)
-        own = self._own
+        own, confined = self._own, _confined(case)
         for candidate in alternatives(plan, own, tried=()):
             state = candidate.state
             region = state.endpoint.region
             if region in exhausted or (crossed and region != first and region not in crossed):
+                continue
+            if confined is not None and region != confined:
                 continue
             if state.endpoint.model == plan.ask.model:
                 row = plan.by_number[state.number]
@@ -403,7 +417,7 @@ class WorldRouter:
                 way = self._way(planned, found, case, tried - {leg.target})
                 if way is not None:
                     return way
-        if last.failure == "status":
+        if last.failure == "status" or last.request is None:  # it is full, and was not asked
             return None
         if not self.world.can_start:
             return None
@@ -448,7 +462,8 @@ class WorldRouter:
         first = _first_region(case.attempts)
         rows = planned.plan.rows
         at_first = [row for row in rows if row.candidate.state.endpoint.region == first]
-        for row in at_first or rows:
+        confined = _confined(case) is not None
+        for row in at_first if at_first or confined else rows:
             known = self.world.known(row.number)
             found = Pick(row.candidate, "spilled", 0.0, 0.0, planned.plan)
             if not isinstance(known, HomeEndpoint):
@@ -663,6 +678,11 @@ def _first_region(attempts: Sequence[Attempt]) -> str | None:
         if isinstance(attempt.leg, Routed):
             return attempt.leg.region
     return None
+
+
+def _confined(case: _Case) -> str | None:
+    """The region that a further try may not leave; None: it may."""
+    return case.admission.confined if case.attempts else None
 
 
 def _same_draw(session: bytes) -> float:

@@ -126,7 +126,7 @@ class GatewayRecorder:
         self.metrics = Metrics()
         self.sample_ratio = sample_ratio(environ)
         self._pending: list[Entry] = []
-        self._usage_of: list[Usage] = []
+        self._to_bill: list[Usage] = []
         self._flushing: asyncio.TimerHandle | None = None
         self._exporting: asyncio.TimerHandle | None = None
         self._clock_s = time.time() - time.monotonic()
@@ -295,8 +295,8 @@ class GatewayRecorder:
             self._measure(entry)
         if self._lines is not None:
             self._lines.put([_line(entry) for entry in entries])
-        if self._usage is not None and self._usage_of:
-            used, self._usage_of = self._usage_of, []
+        if self._usage is not None and self._to_bill:
+            used, self._to_bill = self._to_bill, []
             self._usage.put(used)
         export = self._span_export
         if export is not None:
@@ -361,7 +361,7 @@ class GatewayRecorder:
         if idempotent is not None and not _executed(entry):
             return  # the next request with this key is executed, and is the one that counts
         used = entry.used
-        self._usage_of.append(
+        self._to_bill.append(
             Usage(
                 record_id=_record_id(entry, idempotent),
                 tenant=entry.tenant,

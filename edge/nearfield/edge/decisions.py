@@ -21,11 +21,16 @@ Kind = Literal["generate", "embed", "tensor", "other"]
 
 @dataclass(slots=True, eq=False)
 class Tokens:
-    """What an answer said that it took. `cached` are among `input`."""
+    """What an answer said that it took. `cached` are among `input`.
+
+    Attributes:
+        guessed: it did not say: from the bytes of its prompt, and from its events or bytes.
+    """
 
     input: int = 0
     cached: int = 0
     output: int = 0
+    guessed: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -40,12 +45,15 @@ class Admission:
         tokens: guess of its work: of the prompt, and what may come.
         prompt_tokens: guess of the prompt alone.
         version: of the model, where the caller names one.
-        session: where the caller names one (`x-session-id`, `prompt_cache_key`), salted by its tenant.
+        session: where the caller names one (`x-session-id`, `prompt_cache_key`), salted by its
+            tenant.
         hedge: its caller opted in. idempotency_key: its caller's, if any.
-        used: what it really took, once the Gate's Tap has read it in the answer; None: it did not
-            say.
+        used: what it really took, once the Gate's Tap has seen the answer; None: there was none, or
+            it is not counted in tokens.
         trial: the fingerprint of its body, once it may have killed a replica: from then on it runs
             only where no other suspect does (`policy.quarantine.may_try`).
+        confined: the region that its next try may not leave; None: any will do.
+        tries: begun for it so far.
     """
 
     principal: Principal
@@ -61,6 +69,8 @@ class Admission:
     idempotency_key: bytes | None = None
     used: Tokens | None = None
     trial: bytes | None = None
+    confined: str | None = None
+    tries: int = 0
 
 
 @dataclass(slots=True, eq=False)

@@ -99,6 +99,8 @@ class SqlIdempotency:
             idempotency.c.key == key,
             idempotency.c.attempt == attempt,
             idempotency.c.status.is_(None),
+            # What was given back stays so, whatever of the same attempt comes later.
+            idempotency.c.lease_ends_s != _RELEASED,
         )
         return bool(connection.execute(statement.values(**values)).rowcount)
 

@@ -13,7 +13,17 @@ import uvloop
 from nearfield.core.errors import RateLimited, Unauthenticated
 from nearfield.edge.proxy.limits import Limits
 from nearfield.edge.proxy.plain import OpenGate, Spread
-from nearfield.edge.proxy.ports import Answer, Feed, Grant, Leg, Line, Page, Request, Target
+from nearfield.edge.proxy.ports import (
+    Answer,
+    Feed,
+    Grant,
+    Leg,
+    Line,
+    Outcome,
+    Page,
+    Request,
+    Target,
+)
 
 from tests.support.edge import (
     CHAT,
@@ -824,7 +834,7 @@ class Meter:
     def on_data(self, data: bytes) -> None:
         self.seen.append(data)
 
-    def on_end(self, complete: bool) -> None:
+    def on_end(self, outcome: Outcome, complete: bool) -> None:
         self.seen.append(complete)
 
 

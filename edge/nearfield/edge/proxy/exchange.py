@@ -82,6 +82,20 @@ class Client(Protocol):
         ...
 
 
+class _Nobody:
+    """In place of a client that has left while its answer is still wanted."""
+
+    def begin(self, status: int, fields: Fields, length: int | None) -> None: ...
+    def write(self, data: bytes) -> None: ...
+    def end(self) -> None: ...
+    def abort(self) -> None: ...
+    def answer(self, answer: Answer) -> None: ...
+    def over(self) -> None: ...
+
+
+_NOBODY = _Nobody()
+
+
 class Exchange:
     """See the module. Created by the client's side, which calls `start`, and later `pause`,
     `resume` and `client_left`."""
@@ -164,6 +178,7 @@ class Exchange:
         def resolved(future: asyncio.Future[Any]) -> None:
             self._waits_for = None
             if self._over:
+                self._guard(self._unwanted, future)
                 return
             if future.cancelled():
                 self._reply(Unavailable("The gateway could not decide.", retry_after_s=1.0))
@@ -172,6 +187,13 @@ class Exchange:
 
         self._waits_for = found
         found.add_done_callback(resolved)
+
+    def _unwanted(self, found: asyncio.Future[Any]) -> None:
+        """What a port found comes too late. Whoever keeps books on a grant must hear of its end."""
+        if not found.cancelled() and found.exception() is None:
+            verdict = found.result()
+            if isinstance(verdict, Grant) and verdict.tap is not None:
+                verdict.tap.on_end(self.outcome, False)
 
     def _admitted(self, verdict: Grant | Answer | NearfieldError) -> None:
         if not isinstance(verdict, Grant):
@@ -211,8 +233,9 @@ class Exchange:
             fresh = last.reused and last.failure == "closed" and last.leg.target is leg.target
         self.outcome.attempts.append(attempt)
         self._tries.append(attempt)
-        self._proxy.router.began(attempt)
         assert self._grant is not None
+        attempt.request, attempt.grant = self.request, self._grant
+        self._proxy.router.began(attempt)
         attempt.launch(self.request, self._grant, fresh=fresh)
 
     def _start_hedge(self) -> None:
@@ -351,6 +374,10 @@ class Exchange:
         """Nobody waits for the answer any more: what runs for it is cancelled at once."""
         if self._over:
             return
+        if self._tries and self._grant is not None and self._grant.outlives:
+            self._client = _NOBODY
+            self.resume()
+            return
         self.outcome.error = "cancelled"
         self.outcome.status = self.outcome.status or Cancelled.status
         self._finish(complete=False)
@@ -395,6 +422,8 @@ class Exchange:
         if isinstance(answer, NearfieldError):
             self.outcome.error = answer.code or answer.type
             answer = refusal(answer, self.request.dialect)
+        else:
+            self.outcome.error = answer.error
         self.outcome.status = answer.status
         self.outcome.body_bytes = len(answer.body)
         self.outcome.first_byte_s = time.monotonic()
@@ -459,7 +488,7 @@ class Exchange:
     def _record(self, complete: bool) -> None:
         try:
             if self._tap is not None:
-                self._tap.on_end(complete)
+                self._tap.on_end(self.outcome, complete)
         finally:
             self._proxy.recorder.done(self.outcome)
 

@@ -69,6 +69,8 @@ class Listener:
         cut = len(proxy.live)
         for client in tuple(proxy.clients):
             client.cut()
+        for exchange in tuple(proxy.live):  # whose client has left
+            exchange.cut()
         await proxy.deserted(CUT_S)
         proxy.close()
         return cut

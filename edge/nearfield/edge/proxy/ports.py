@@ -136,6 +136,7 @@ class Attempt:
     """One try at one target, as far as it has come. `status` is 0 until the answer's head.
 
     Attributes:
+        request, grant: whose try it is, once it is counted (`Router.began`).
         reused: over a connection that was kept.
         heard_s: when the last bytes of the answer came.
         retry_after: an answer that is unavailable (503) says when to come back.
@@ -150,6 +151,8 @@ class Attempt:
     ended_s: float | None = None
     status: int = 0
     failure: FailureKind | None = None
+    request: Request | None = None
+    grant: Grant | None = None
 
 
 class Tap(Protocol):
@@ -163,8 +166,12 @@ class Tap(Protocol):
         """A part of the body passes."""
         ...
 
-    def on_end(self, complete: bool) -> None:
-        """It is over; `complete`: nothing is missing."""
+    def on_end(self, outcome: Outcome, complete: bool) -> None:
+        """It is over; `complete`: nothing is missing.
+
+        Called exactly once for each grant, also where there was no answer to see: one that was
+        made here, or none, since the client left. What was tried for it stands in the outcome.
+        """
         ...
 
 
@@ -176,24 +183,28 @@ class Grant:
         headers: for the upstream: the passport. shown: for the client: rate limits.
         replayable: executing it twice does no harm, so it may be tried again although a target
             may have begun it. Methods that are safe by definition always may.
+        outlives: once it runs it runs to its end, although its client may leave: somebody keeps the
+            answer (`Idempotency-Key`).
         about: the Gate's own; the Router, the Recorder and others may know its type.
     """
 
     headers: Fields = ()
     shown: Fields = ()
     replayable: bool = False
+    outlives: bool = False
     tap: Tap | None = None
     about: Any = None
 
 
 @dataclass(slots=True, eq=False)
 class Answer:
-    """A complete answer that needs no upstream."""
+    """A complete answer that needs no upstream. error: the reason's code where it is a refusal."""
 
     status: int
     body: bytes = b""
     content_type: bytes = b"application/json"
     headers: Fields = ()
+    error: str | None = None
 
 
 class Feed(Protocol):

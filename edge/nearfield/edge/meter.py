@@ -1,0 +1,160 @@
+"""What an answer took in tokens, read from it as it passes; what was reserved is settled by it.
+
+A whole answer ends with its `usage`: its last kilobytes are kept and read. A stream carries it in
+its last event where its caller asked for that (`stream_options.include_usage`). Where it did not,
+the events are counted: each brings at least one token of text, seldom more, so their number is a
+lower bound that misses a few per cent. The prompt is then taken for a token per four bytes of the
+request, framing included, which is more than it is. Such a sum is marked as guessed.
+
+What is charged against quotas:
+
+    an answer, whole or cut short         what it took, as above
+    an error of the model or the region   nothing
+    none, since the caller gave up        the prompt, if it had been sent: it may have been computed
+    none, since nobody took it            nothing
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Final
+
+from nearfield.edge.decisions import Admission, Tokens
+from nearfield.edge.proxy.ports import NEVER_SENT, Fields, Outcome, Request
+from nearfield.edge.suspects import Suspects
+from nearfield.policy.quota import Reservation
+
+BYTES_PER_TOKEN: Final = 4
+"""Of English text in UTF-8; fewer in other scripts, more in code."""
+TAIL_BYTES: Final = 4096
+"""A usage object with all details that OpenAI knows is shorter than 1 KiB."""
+OTHER_EVENTS: Final = 2
+"""Of a stream, those that bring no text: the one with the reason of the end, and `[DONE]`."""
+MOST_TOKENS: Final = 2**53
+"""More is no number of tokens."""
+
+_USAGE: Final = b'"usage":{'
+"""As our replicas write it. Inside a text its quotes would be escaped."""
+_SPACED_USAGE: Final = re.compile(rb'"usage"\s*:\s*\{')
+_CRASHED: Final = b'"engine_crashed"'
+_BROKEN: Final = b'data: {"error"'
+_read: Final = json.JSONDecoder().raw_decode
+
+
+class Meter:
+    """The Tap of one request.
+
+    Attributes:
+        status: of the answer; 0 until there is one.
+    """
+
+    __slots__ = (
+        "_admission", "_events", "_is_stream", "_legible", "_request", "_reservation",
+        "_suspects", "_tail", "_usage", "status",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request: Request,
+        admission: Admission,
+        reservation: Reservation,
+        suspects: Suspects,
+    ) -> None:
+        self.status = 0
+        self._request = request
+        self._admission = admission
+        self._reservation = reservation
+        self._suspects = suspects
+        self._is_stream = False
+        self._legible = True  # not compressed
+        self._events = 0
+        self._usage = b""  # the event that has it
+        self._tail = b""  # of a stream: what came last
+
+    def on_head(self, status: int, fields: Fields) -> None:
+        self.status = status
+        for name, value in fields:
+            if name == b"content-type":
+                self._is_stream = value.startswith(b"text/event-stream")
+            elif name == b"content-encoding":
+                self._legible = False
+
+    def on_data(self, data: bytes) -> None:
+        if self._is_stream:  # in whole events
+            self._events += data.count(b"\n\n")
+            self._tail = data
+            if _USAGE in data:
+                self._usage = data
+        elif len(data) >= TAIL_BYTES:
+            self._tail = data[-TAIL_BYTES:]
+        else:
+            self._tail = (self._tail + data)[-TAIL_BYTES:]
+
+    def on_end(self, outcome: Outcome, complete: bool) -> None:
+        try:
+            self._judge(complete)
+        finally:
+            self._reservation.settle(self._charge(outcome))
+
+    @property
+    def broken(self) -> bool:
+        """The stream that has passed ended with an error."""
+        return self._is_stream and _BROKEN in self._tail[-TAIL_BYTES:]
+
+    def _judge(self, complete: bool) -> None:
+        """Whether the body is one that kills."""
+        if self.status == 500 or self.broken:
+            if self._legible and _CRASHED in self._tail[-TAIL_BYTES:]:
+                self._suspects.crashed(self._request)
+        elif complete and 0 < self.status < 500 and self._suspects.any:
+            self._suspects.answered(self._request)
+
+    def _charge(self, outcome: Outcome) -> int:
+        """Tokens to be charged; what is billed is noted in the admission."""
+        status = self.status
+        if 200 <= status < 300:
+            used = self._admission.used = self._used(outcome.body_bytes)
+            return 0 if used is None else used.input + used.output
+        given_up = status == 0 and outcome.error in ("cancelled", "deadline_exceeded")
+        if given_up and any(attempt.failure not in NEVER_SENT for attempt in outcome.attempts):
+            return self._admission.prompt_tokens
+        return 0
+
+    def _used(self, body_bytes: int) -> Tokens | None:
+        said = self._said() if self._legible else None
+        if said is not None:
+            return said
+        admission = self._admission
+        if admission.kind == "generate":
+            if self._is_stream:
+                output = max(0, self._events - OTHER_EVENTS)
+            else:
+                most = admission.tokens - admission.prompt_tokens
+                output = min(most, body_bytes // BYTES_PER_TOKEN)
+            return Tokens(admission.prompt_tokens, 0, output, guessed=True)
+        if admission.kind == "embed":
+            return Tokens(admission.prompt_tokens, guessed=True)
+        return None
+
+    def _said(self) -> Tokens | None:
+        """What the answer says of itself."""
+        text = self._usage or self._tail
+        places = list(_SPACED_USAGE.finditer(text))
+        if not places:
+            return None
+        try:
+            usage, _ = _read(text[places[-1].end() - 1 :].decode("utf-8", "replace"))
+        except ValueError:
+            return None
+        details = usage.get("prompt_tokens_details")
+        cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        return Tokens(
+            _count(usage.get("prompt_tokens")),
+            _count(cached),
+            _count(usage.get("completion_tokens")),
+        )
+
+
+def _count(said: Any) -> int:
+    return said if type(said) is int and 0 <= said < MOST_TOKENS else 0

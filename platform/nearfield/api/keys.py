@@ -260,6 +260,10 @@ class KeyTable:
             known.clear()
         self.revision = 0
 
+    def products_of(self, tenant: str) -> frozenset[str]:
+        """The names of a tenant's products."""
+        return frozenset(name for owner, name in self._products if owner == tenant)
+
     def snapshot(self) -> Snapshot:
         """All that is known."""
         return Snapshot(

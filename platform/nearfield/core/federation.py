@@ -10,7 +10,7 @@ Both are strict: a key they do not know is an error.
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from nearfield.core.spec import Name, Strict
 from pydantic import Field, model_validator
@@ -73,6 +73,10 @@ class GatewayFile(Strict):
 
     gateway: Name
     jurisdiction: Name | None = Field(None, description="of an edge site; else its region's")
+    city: str | None = Field(
+        None, min_length=1, max_length=100, description="of an edge site, for the console's map"
+    )
+    location: Location | None = Field(None, description="likewise; else its region's")
     home: Home | None = None
     regions: list[str] = Field(min_length=1, description="region files, relative to this one")
     listen: Listen = Listen()
@@ -80,6 +84,10 @@ class GatewayFile(Strict):
         None, description="URL of the database of keys and usage; absent: anybody may call"
     )
     passport_keys: str | None = Field(None, description="file of the keys that sign passports")
+    console: Literal["local", "anybody"] = Field(
+        "local",
+        description="who sees the console's data where there is no store: this machine's own users",
+    )
 
     @model_validator(mode="after")
     def _edge_has_a_jurisdiction(self) -> Self:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -42,7 +42,6 @@ from nearfield.core.errors import (
 from nearfield.edge.proxy.answers import refusal
 from nearfield.edge.proxy.ports import Answer, Page, Request
 from nearfield.edge.recorder import GatewayRecorder
-from nearfield.store.administration import Administration
 from nearfield.store.documents import (
     Document,
     key_document,
@@ -62,6 +61,9 @@ from nearfield.store.forms import (
     moment_s,
     parse,
 )
+
+if TYPE_CHECKING:
+    from nearfield.store.administration import Administration  # brings SQL: half a second
 
 log = logging.getLogger("nearfield.audit")
 

@@ -213,13 +213,6 @@ class Administration:
         return self._ledger.totals(by, tenant=tenant, since_s=since_s, until_s=until_s)
 
 
-def state_of(key: Key, now_s: float) -> str:
-    """`active`, `expired` or `revoked`."""
-    if key.revoked_s is not None:
-        return "revoked"
-    return "expired" if key.expires_s is not None and key.expires_s <= now_s else "active"
-
-
 def _names(names: Sequence[str] | None) -> frozenset[str] | None:
     return None if names is None else frozenset(names)
 

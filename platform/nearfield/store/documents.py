@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 from nearfield.api.keys import Key, Product, Tenant
-from nearfield.store.administration import state_of
 from nearfield.store.ports import GroupBy, UsageTotal
 
 Document = dict[str, Any]
@@ -73,3 +72,10 @@ def usage_document(total: UsageTotal, by: Sequence[GroupBy]) -> Document:
 
 def _sorted(names: frozenset[str] | None) -> list[str] | None:
     return None if names is None else sorted(names)
+
+
+def state_of(key: Key, now_s: float) -> str:
+    """`active`, `expired` or `revoked`."""
+    if key.revoked_s is not None:
+        return "revoked"
+    return "expired" if key.expires_s is not None and key.expires_s <= now_s else "active"

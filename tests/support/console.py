@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,7 @@ from nearfield.edge.decisions import Tokens
 from nearfield.edge.pages_console import Access, Console, Here, LocalAccess
 from nearfield.edge.proxy.listener import Listener, bind
 from nearfield.edge.proxy.plain import Careful, OpenGate, Remember, Spread
-from nearfield.edge.proxy.ports import FailureKind, Page, Request
+from nearfield.edge.proxy.ports import FailureKind
 from nearfield.edge.proxy.proxy import Proxy
 from nearfield.edge.recent import Entry, Recent, Tried
 from nearfield.edge.status import EndpointStatus, RegionStatus
@@ -34,25 +34,9 @@ from nearfield.policy.explain import Explanation, explain, summary
 from nearfield.policy.health import Transition
 from nearfield.policy.route import Pick, pick, plan
 
+from tests.support.regions import Table
+
 T = TypeVar("T")
-
-
-class Table:
-    """Pages by method and path, as the gateway finds them."""
-
-    def __init__(self, routes: Mapping[tuple[str, str], Page]) -> None:
-        self._exact = {key: page for key, page in routes.items() if "{" not in key[1]}
-        self._below = {
-            (method, pattern.partition("{")[0]): page
-            for (method, pattern), page in routes.items()
-            if "{" in pattern
-        }
-
-    def find(self, request: Request) -> Page | None:
-        method = request.method.decode("ascii")
-        path = request.path.decode("ascii").partition("?")[0]
-        found = self._exact.get((method, path))
-        return found or self._below.get((method, path[: path.rfind("/") + 1]))
 
 
 @dataclass

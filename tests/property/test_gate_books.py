@@ -301,7 +301,7 @@ async def until(condition: Any) -> None:
         await asyncio.sleep(0.002)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(SCRIPTS, min_size=1, max_size=12), st.booleans())
 def test_the_books_balance(scripts: list[Script], flaky: bool) -> None:
     asyncio.run(Stage(scripts, flaky).run())

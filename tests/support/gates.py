@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nearfield.api.keys import (
@@ -18,8 +18,18 @@ from nearfield.api.keys import (
     new_key,
     new_key_id,
 )
+from nearfield.core.errors import Unavailable
 from nearfield.edge.decisions import Admission, Routed
-from nearfield.edge.proxy.ports import Attempt, FailureKind, Grant, Request, Target, Trace
+from nearfield.edge.proxy.ports import (
+    Attempt,
+    FailureKind,
+    Grant,
+    Leg,
+    Request,
+    Soon,
+    Target,
+    Trace,
+)
 from nearfield.policy.endpoints import Caller
 from nearfield.policy.quota import Limits
 
@@ -117,3 +127,26 @@ def end(
     if failure in (None, "status", "truncated"):
         attempt.status, attempt.first_byte_s = status, at_s
     return attempt
+
+
+class InOrder:
+    """The first leg that was not tried. Counts like every Router."""
+
+    def __init__(self, *legs: Leg) -> None:
+        self.legs = legs
+        self.running = 0
+        self.asked = 0
+
+    def pick(self, request: Request, grant: Grant, attempts: Sequence[Attempt]) -> Soon[Leg]:
+        self.asked += 1
+        tried = {attempt.leg.target for attempt in attempts}
+        for leg in self.legs:
+            if leg.target not in tried:
+                return leg
+        return Unavailable("nobody", code="nobody")
+
+    def began(self, attempt: Attempt) -> None:
+        self.running += 1
+
+    def ended(self, attempt: Attempt) -> None:
+        self.running -= 1

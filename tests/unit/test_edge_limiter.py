@@ -7,40 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from nearfield.core.errors import NearfieldError, Unavailable
+from nearfield.core.errors import NearfieldError
 from nearfield.edge.decisions import Routed
 from nearfield.edge.limiter import FORGOTTEN_S, LimitedRouter
-from nearfield.edge.proxy.ports import Answer, Attempt, Grant, Leg, Request, Soon, Target
+from nearfield.edge.proxy.ports import Answer, Attempt, Grant, Leg, Request, Target
 from nearfield.edge.retries import BudgetRetries
 from nearfield.edge.suspects import Suspects
 from nearfield.policy.limit import Limit
 
-from tests.support.gates import end, granted, leg_of, request_of, try_of
+from tests.support.gates import InOrder, end, granted, leg_of, request_of, try_of
 
 ONE, TWO, THREE = (Target("h", port) for port in (1, 2, 3))
-
-
-class InOrder:
-    """The first leg that was not tried. Counts like every Router."""
-
-    def __init__(self, *legs: Leg) -> None:
-        self.legs = legs
-        self.running = 0
-        self.asked = 0
-
-    def pick(self, request: Request, grant: Grant, attempts: Sequence[Attempt]) -> Soon[Leg]:
-        self.asked += 1
-        tried = {attempt.leg.target for attempt in attempts}
-        for leg in self.legs:
-            if leg.target not in tried:
-                return leg
-        return Unavailable("nobody", code="nobody")
-
-    def began(self, attempt: Attempt) -> None:
-        self.running += 1
-
-    def ended(self, attempt: Attempt) -> None:
-        self.running -= 1
 
 
 class World:

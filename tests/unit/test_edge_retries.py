@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from nearfield.core.errors import NearfieldError
 from nearfield.edge.decisions import Routed
+from nearfield.edge.limiter import LimitedRouter
 from nearfield.edge.proxy.ports import Attempt, FailureKind, Grant, Request, Target
 from nearfield.edge.retries import DEATH_S, BudgetRetries
 from nearfield.edge.suspects import Suspects
 from nearfield.policy.retry import HEDGE_LEAST, MOST_ATTEMPTS
 
-from tests.support.gates import end, granted, leg_of, request_of, try_of
+from tests.support.gates import InOrder, end, granted, leg_of, request_of, try_of
 
 ONE, TWO, THREE = (Target("h", port) for port in (1, 2, 3))
 
@@ -147,8 +149,14 @@ class TestDeath:
         second = world.start(TWO, grant=grant, request=request, leg=leg_of(TWO, trial=True))
         world.now_s = 20.0
         world.end(second, "closed")
-        assert not world.again(first, second), "two replicas died of it"
-        assert world.suspects.guilty(request)
+        convicted = world.suspects.convicted(request)
+        assert convicted is not None, "two replicas died of it"
+        assert convicted.code == "request_quarantined"
+        limited = LimitedRouter(InOrder(leg_of(THREE)), world.retries)
+        assert world.again(first, second)
+        refused = limited.pick(request, grant, [first, second])
+        assert isinstance(refused, NearfieldError)
+        assert refused.code == "request_quarantined"
 
     def test_deaths_are_forgotten(self) -> None:
         world = World()
@@ -260,6 +268,15 @@ class TestBudget:
         reading = world.start(ONE, grant=grant, request=request_of(b"", method=b"GET"))
         world.end(reading, "closed")
         assert world.again(reading)
+
+    def test_what_another_gateway_sent_is_its_own_to_try_again(self) -> None:
+        world = World()
+        attempt = world.start(ONE, grant=granted(from_gateway=True))
+        world.end(attempt, "status", 503)
+        assert not world.again(attempt)
+        refused = world.start(ONE, grant=granted(from_gateway=True))
+        world.end(refused, "refused")
+        assert world.again(refused), "nobody ran it"
 
     def test_not_after_its_deadline(self) -> None:
         world = World()

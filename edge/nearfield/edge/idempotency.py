@@ -68,6 +68,9 @@ PERSIST_BYTES: Final = 64 * 2**20
 """Answers that wait for the store to come back: for how long, and how much of them."""
 THREADS: Final = 4
 """Transactions at once; one takes milliseconds."""
+ASK_S: Final = 2.0
+MOST_ASKING: Final = 512
+"""How long, and how many at once, wait for an answer of the store: then it is as good as gone."""
 SWEEP_S: Final = 600.0
 CLOSE_S: Final = 5.0
 
@@ -162,6 +165,7 @@ class KeyedRequests:
         self._lines: dict[tuple[str, str], _Line] = {}
         self._claims: set[Claim] = set()
         self._unkept_bytes = 0
+        self._asking = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(THREADS, "nearfield-idempotency")
         self._running: asyncio.Task[None] | None = None
@@ -214,8 +218,8 @@ class KeyedRequests:
             raise
         try:
             found = await self._turn(line, fingerprint, request.deadline_s - MARGIN_S)
-        except _Undone:
-            raise asyncio.CancelledError from None  # its turn is given back by whoever undoes it
+        except _Undone as undone:
+            raise undone.reason from None  # its turn is given back by whoever undoes it
         except BaseException:
             self._give_back(line)
             raise
@@ -272,6 +276,8 @@ class KeyedRequests:
         """Ask the store until it is ours or answered."""
         polls = 0
         while True:
+            if self._asking >= MOST_ASKING:
+                raise _store_silent()
             asking = self._call(
                 lambda: self._store.claim(
                     line.tenant,
@@ -281,11 +287,15 @@ class KeyedRequests:
                     lease_s=self._lease_s,
                 )
             )
+            self._asking += 1
             try:
-                found = await asyncio.shield(asking)
-            except asyncio.CancelledError:
+                async with asyncio.timeout(ASK_S):
+                    found = await asyncio.shield(asking)
+            except (asyncio.CancelledError, TimeoutError) as error:
                 self._spawn(self._undo(line, asking))
-                raise _Undone from None
+                raise _Undone(error) from None
+            finally:
+                self._asking -= 1
             if isinstance(found, OtherRequest):
                 raise _other_request()
             if not isinstance(found, InFlight):
@@ -406,7 +416,11 @@ class KeyedRequests:
 
 
 class _Undone(Exception):
-    """The request was cancelled while the store was asked."""
+    """The request does not wait any more for what the store is being asked."""
+
+    def __init__(self, why: BaseException) -> None:
+        super().__init__()
+        self.reason = _store_silent() if isinstance(why, TimeoutError) else why
 
 
 # ---- its answer ---------------------------------------------------------------------------------
@@ -495,6 +509,14 @@ def _outcome_unknown() -> NearfieldError:
         "The request with this Idempotency-Key was begun, and nobody knows what came of it. It is "
         "not executed again: look whether it was, and use another key.",
         code="idempotency_outcome_unknown",
+    )
+
+
+def _store_silent() -> NearfieldError:
+    return Unavailable(
+        "Whether this Idempotency-Key was used before cannot be found out at present.",
+        code="database_unavailable",
+        retry_after_s=2.0,
     )
 
 

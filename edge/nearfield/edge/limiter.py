@@ -119,6 +119,13 @@ class LimitedRouter:
     def pick(
         self, request: Request, grant: Grant, attempts: Sequence[Attempt]
     ) -> Soon[Leg | Answer]:
+        suspects = self._retries.suspects
+        if attempts and suspects.any:
+            # It was let in, and has killed since. A gateway that sent it here must hear so: it
+            # would try it elsewhere.
+            convicted = suspects.convicted(request)
+            if convicted is not None:
+                return convicted
         found = self._router.pick(request, grant, attempts)
         if not isinstance(found, Leg):
             return found

@@ -16,9 +16,8 @@ What is charged against quotas:
 
 from __future__ import annotations
 
-import json
 import re
-from typing import Any, Final
+from typing import Final
 
 from nearfield.edge.decisions import Admission, Tokens
 from nearfield.edge.proxy.ports import NEVER_SENT, Fields, Outcome, Request
@@ -31,15 +30,18 @@ TAIL_BYTES: Final = 4096
 """A usage object with all details that OpenAI knows is shorter than 1 KiB."""
 OTHER_EVENTS: Final = 2
 """Of a stream, those that bring no text: the one with the reason of the end, and `[DONE]`."""
-MOST_TOKENS: Final = 2**53
-"""More is no number of tokens."""
 
 _USAGE: Final = b'"usage":{'
 """As our replicas write it. Inside a text its quotes would be escaped."""
-_SPACED_USAGE: Final = re.compile(rb'"usage"\s*:\s*\{')
+_NAME: Final = b'"usage"'
+_BEGIN: Final = re.compile(rb'"usage"\s*:\s*\{')
+_INPUT, _CACHED, _OUTPUT = (
+    re.compile(rb'"%b"\s*:\s*(\d{1,15})(?!\d)' % name)
+    for name in (b"prompt_tokens", b"cached_tokens", b"completion_tokens")
+)
+"""Larger is no number of tokens."""
 _CRASHED: Final = b'"engine_crashed"'
 _BROKEN: Final = b'data: {"error"'
-_read: Final = json.JSONDecoder().raw_decode
 
 
 class Meter:
@@ -140,21 +142,15 @@ class Meter:
     def _said(self) -> Tokens | None:
         """What the answer says of itself."""
         text = self._usage or self._tail
-        places = list(_SPACED_USAGE.finditer(text))
-        if not places:
+        begins = _BEGIN.match(text, text.rfind(_NAME)) if _NAME in text else None
+        if begins is None:
             return None
-        try:
-            usage, _ = _read(text[places[-1].end() - 1 :].decode("utf-8", "replace"))
-        except ValueError:
-            return None
-        details = usage.get("prompt_tokens_details")
-        cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        at = begins.end()
         return Tokens(
-            _count(usage.get("prompt_tokens")),
-            _count(cached),
-            _count(usage.get("completion_tokens")),
+            _count(_INPUT, text, at), _count(_CACHED, text, at), _count(_OUTPUT, text, at)
         )
 
 
-def _count(said: Any) -> int:
-    return said if type(said) is int and 0 <= said < MOST_TOKENS else 0
+def _count(named: re.Pattern[bytes], text: bytes, at: int) -> int:
+    said = named.search(text, at)
+    return 0 if said is None else int(said[1])

@@ -186,6 +186,9 @@ class BudgetRetries:
     # ---- Retries ----------------------------------------------------------------------------
 
     def again(self, request: Request, grant: Grant, attempts: Sequence[Attempt]) -> bool:
+        """Also True where the answer of the next pick is a refusal: see `LimitedRouter.pick`."""
+        if self.suspects.any and self.suspects.convicted(request) is not None:
+            return True
         last = attempts[-1]
         now_s = self._clock()
         admission: Admission = grant.about
@@ -197,7 +200,6 @@ class BudgetRetries:
             refusals=refusals,
             crossings=sum(_region(attempt) != region for attempt in attempts),
             suspect=admission.trial is not None,
-            guilty=self.suspects.guilty(request),
             left_s=request.deadline_s - now_s,
         )
         cause = self._cause(last)
@@ -209,7 +211,10 @@ class BudgetRetries:
             # Not elsewhere; perhaps where it was.
             verdict = retry.may_replay(history, cause)
             admission.confined = region
-        return verdict.allowed and (not verdict.budgeted or self._take(now_s))
+        if not verdict.allowed or not verdict.budgeted:
+            return verdict.allowed
+        # What another gateway sent here is that gateway's to try again: two budgets would multiply.
+        return not admission.from_gateway and self._take(now_s)
 
     def _cause(self, attempt: Attempt) -> Cause:
         failure = attempt.failure

@@ -44,9 +44,14 @@ class Suspects:
             admission.trial = named
         return None
 
-    def guilty(self, request: Request) -> bool:
-        """Whether its body is quarantined by now."""
-        return self.any and self._book.standing(_name(request), self._clock()) == "quarantined"
+    def convicted(self, request: Request) -> Unprocessable | None:
+        """The refusal of a request that was let in, and whose body is quarantined by now."""
+        if not self.any:
+            return None
+        named, now_s = _name(request), self._clock()
+        if self._book.standing(named, now_s) != "quarantined":
+            return None
+        return refusal(self._book.records[named], now_s)
 
     def answered(self, request: Request) -> None:
         """Answered to the end: that body does not kill."""

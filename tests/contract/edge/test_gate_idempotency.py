@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nearfield.api.keys import Tenant
@@ -372,6 +374,36 @@ async def test_while_the_store_is_gone_no_promise_is_made(
         assert unkeyed.status == 200
         gone.gone = False
         assert (await ask()).json() == {"executed": 2}
+
+
+async def test_a_store_that_hangs_holds_nobody_up(
+    store: Store, upstream: Counting, authorization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nearfield.edge.idempotency.ASK_S", 0.1)
+    go_on = threading.Event()
+
+    class Hangs(Gone):
+        def __getattr__(self, name: str) -> Callable[..., object]:
+            go_on.wait(10)
+            return super().__getattr__(name)
+
+    port: Any = Hangs(store)
+    async with gateway(store, [upstream.target], idempotency=port) as own:
+        ask = asking(own, authorization)
+        try:
+            found = await ask()
+            assert (found.status, found.error["code"]) == (503, "database_unavailable")
+            client = await own.running.client()  # and one that does not even wait so long
+            client.send(post(authorization=authorization, idempotency_key="i2"))
+            await until(lambda: own.keyed.unbalanced == 2)
+            client.reset()
+        finally:
+            go_on.set()
+        await until(lambda: not own.keyed.unbalanced)
+        assert upstream.executed == 0
+        for key in ("i1", "i2"):  # what was claimed after all was given back
+            assert not replayed(await ask(key=key))
+        assert upstream.executed == 2
 
 
 async def test_an_answer_that_cannot_be_kept_is_kept_when_the_store_is_back(

@@ -22,9 +22,15 @@ from nearfield.api.events import (
     TensorRequest,
 )
 from nearfield.api.json_body import load_json
+from nearfield.api.oip_bounds import (
+    MAX_ELEMENTS,
+    MAX_NAME_CHARACTERS,
+    MAX_TENSORS,
+    read_shape,
+    shown,
+)
 from nearfield.api.oip_tensors import (
     DTYPES,
-    MAX_ELEMENTS,
     BinaryData,
     Declared,
     Metadata,
@@ -32,8 +38,6 @@ from nearfield.api.oip_tensors import (
     check_fits,
     from_binary,
     from_json,
-    read_shape,
-    shown,
     to_binary,
     to_json,
 )
@@ -45,6 +49,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "DTYPES",
+    "MAX_TENSORS",
     "Declared",
     "InferCall",
     "Metadata",
@@ -61,9 +66,6 @@ __all__ = [
     "text_tensor",
     "to_text_requests",
 ]
-
-MAX_TENSORS = 256
-MAX_NAME_CHARACTERS = 256
 
 TEXT_INPUT = "text_input"
 TEXT_OUTPUT = "text_output"

@@ -4,8 +4,8 @@ JSON data is flat or nested like the shape; binary data is row-major and little-
 elements each begin with their length in 4 bytes. BF16 has no numpy type: it is float32 here,
 widened on the way in and rounded to nearest even on the way out.
 
-Whatever is said about sizes is checked in Python's integers before anything is allocated. A
-dimension may be 0: then there is no data.
+Shapes are read in `oip_bounds`, before anything is allocated. A dimension may be 0: then there is
+no data.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from nearfield.api.oip_bounds import BYTES_LENGTH_BYTES, check_length, is_int, shown
 from nearfield.core.errors import BadRequest, EngineFailed
 from numpy.typing import NDArray
 
@@ -37,11 +38,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<f4"),
     "BYTES": np.dtype(object),
 }
-WIRE_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {"BF16": 2}
-
-MAX_DIMENSIONS = 16
-MAX_DIMENSION = 2**31 - 1
-MAX_ELEMENTS = 64 * 2**20
 
 
 class Metadata(Protocol):
@@ -62,52 +58,6 @@ class Declared:
     name: str
     datatype: str
     shape: tuple[int, ...]
-
-
-def is_int(value: Any) -> bool:
-    """A whole number as JSON has it: true and 1.0 are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def shown(value: Any) -> str:
-    """A value in a message: numbers as they are, of anything else only what it is."""
-    if is_int(value):
-        return str(value) if abs(value) < 2**64 else "a larger number"
-    if isinstance(value, float):
-        return repr(value)
-    names = {bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), "null")
-
-
-# ---- shapes ------------------------------------------------------------------------------------
-
-
-def read_shape(value: Any, param: str, max_elements: int) -> tuple[tuple[int, ...], int]:
-    """A shape and its number of elements.
-
-    Raises:
-        BadRequest: not a list of whole numbers, too many of them, or more than `max_elements`.
-    """
-    if not isinstance(value, list):
-        raise BadRequest(f"{param} must be a list.", param=param)
-    if len(value) > MAX_DIMENSIONS:
-        raise BadRequest(
-            f"{param} has {len(value)} dimensions; at most {MAX_DIMENSIONS} go.", param=param
-        )
-    size = 1
-    for dimension in value:
-        if not is_int(dimension) or not 0 <= dimension <= MAX_DIMENSION:
-            raise BadRequest(
-                f"{param}: a dimension is {shown(dimension)}; it must be a whole number from 0 to "
-                f"{MAX_DIMENSION}.",
-                param=param,
-            )
-        size *= dimension
-    if size > max_elements:
-        raise BadRequest(
-            f"{param}: {size} elements are more than the {max_elements} that fit.", param=param
-        )
-    return tuple(value), size
 
 
 def check_fits(shape: Sequence[int], declared: Metadata, param: str) -> None:
@@ -169,14 +119,9 @@ def from_binary(raw: memoryview, datatype: str, size: int, param: str) -> NDArra
     Raises:
         BadRequest: the bytes are not as many as the elements take.
     """
+    check_length(datatype, size, len(raw), param)
     if datatype == "BYTES":
         return _bytes_elements(raw, size, param)
-    if len(raw) != size * WIRE_BYTES[datatype]:
-        raise BadRequest(
-            f"{param}: the shape has {size} elements of {WIRE_BYTES[datatype]} bytes, the data "
-            f"{len(raw)} bytes.",
-            param=param,
-        )
     if datatype == "BF16":
         widened: NDArray[Any] = np.frombuffer(raw, "<u2").astype("<u4") << 16
         floats: NDArray[Any] = widened.view("<f4")
@@ -188,15 +133,13 @@ def from_binary(raw: memoryview, datatype: str, size: int, param: str) -> NDArra
 
 
 def _bytes_elements(raw: memoryview, size: int, param: str) -> NDArray[Any]:
-    if size * 4 > len(raw):
-        raise BadRequest(f"{param}: {size} elements do not fit {len(raw)} bytes.", param=param)
     elements = np.empty(size, dtype=object)
     at = 0
     for index in range(size):
-        if at + 4 > len(raw):
+        if at + BYTES_LENGTH_BYTES > len(raw):
             raise BadRequest(f"{param}: the data ends before element {index}.", param=param)
         (length,) = struct.unpack_from("<I", raw, at)
-        at += 4
+        at += BYTES_LENGTH_BYTES
         if at + length > len(raw):
             raise BadRequest(
                 f"{param}: element {index} says {length} bytes, {len(raw) - at} are left.",

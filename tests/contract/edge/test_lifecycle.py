@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
 import os
 import socket
 import ssl
@@ -12,15 +11,13 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from nearfield.edge.proxy.handover import Offer, inherit
 from nearfield.edge.proxy.limits import Limits
 from nearfield.edge.proxy.listener import bind
 from nearfield.edge.proxy.ports import Target
-from nearfield.edge.proxy.tls import Certificate, Certificates
+from nearfield.edge.proxy.tls import Certificates
 
+from tests.support.certificates import trusting_nobody, write_certificate
 from tests.support.edge import (
     STREAM,
     Client,
@@ -206,41 +203,6 @@ async def test_the_process() -> None:
 
 
 # ---- TLS --------------------------------------------------------------------------------------
-
-
-def write_certificate(folder: Path, name: str) -> Certificate:
-    """A self-signed certificate for localhost whose common name tells it from others."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    files = Certificate(folder / "chain.pem", folder / "key.pem")
-    files.chain.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    files.key.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return files
-
-
-def trusting_nobody() -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 def name_of(client: Client) -> str:

@@ -1,6 +1,6 @@
 """The forwarding path: a client's bytes to an upstream and back, with decisions plugged in between.
 
-    Connection (h1)     one client's connection: parse strictly, frame answers, time out
+    Connection (h1, h2) one client's connection: parse strictly, frame answers, time out
         │ Request
     Exchange            one request's life: admit, pick, try, retry or hedge, relay, record
         │ Leg           asks the Gate, the Router, Retries and the Recorder (ports)

@@ -24,6 +24,7 @@ from nearfield.core.errors import (
     Unavailable,
     UpstreamFailed,
 )
+from nearfield.edge.proxy import facts
 from nearfield.edge.proxy.answers import error_bytes, refusal
 from nearfield.edge.proxy.attempt import Try
 from nearfield.edge.proxy.events import EventStream
@@ -130,10 +131,15 @@ class Exchange:
         self._reply(error)
 
     def start(self) -> None:
-        """Run. It may be over when this returns."""
-        proxy = self._proxy
+        """Run: the request is complete. It may be over when this returns."""
+        proxy, request = self._proxy, self.request
         proxy.live.add(self)
         proxy.timers.watch(self)
+        if request.says_model and request.method == b"POST":
+            refused = facts.learn(request)
+            if refused is not None:
+                self._reply(refused)
+                return
         self._guard(self._admit)
 
     def _guard(self, step: Callable[..., None], *given: Any) -> None:
@@ -213,7 +219,7 @@ class Exchange:
     def _pick(self) -> None:
         assert self._grant is not None
         found = self._proxy.router.pick(self.request, self._grant, self.outcome.attempts)
-        if type(found) is Leg:
+        if isinstance(found, Leg):
             self._launch(found)
         else:
             self._settle(found, self._picked)

@@ -1,7 +1,10 @@
-"""A client's connection: one exchange at a time, answers framed anew, and its clock.
+"""A client's connection over HTTP/1.1: one exchange at a time, answers framed anew, and its clock.
 
 READING ──request──→ BUSY ──answered──→ READING (or closed)
    └── refused: the answer is sent, what still comes is thrown away, closed
+
+Every client begins here. One that speaks HTTP/2 says so in the TLS handshake, or in its first
+bytes (RFC 9113, 3.3), and is handed on.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from nearfield.core.errors import NearfieldError, Unavailable
-from nearfield.edge.proxy import facts, head, identity
+from nearfield.edge.proxy import h2, head
 from nearfield.edge.proxy.answers import (
     CONTINUE,
     NO_BODY,
@@ -42,8 +45,8 @@ class Connection(asyncio.Protocol):
     """One client. The far side of `Exchange.Client`."""
 
     __slots__ = (
-        "_ahead", "_chunked", "_close", "_exchange", "_held_bytes", "_minor", "_paused", "_peer",
-        "_proxy", "_reader", "_request", "_since_s", "_state", "_too_much", "_transport",
+        "_ahead", "_chunked", "_close", "_exchange", "_first", "_held_bytes", "_minor", "_paused",
+        "_peer", "_proxy", "_reader", "_request", "_since_s", "_state", "_too_much", "_transport",
         "_unread", "due_s", "timer",
     )  # fmt: skip
     _transport: asyncio.Transport
@@ -62,6 +65,7 @@ class Connection(asyncio.Protocol):
         self._too_much = False  # the client does not read
         self._paused = False  # we do not read
         self._unread = False  # part of the request is still to come, and not wanted
+        self._first = True  # nothing was asked yet
         self._peer = ""
         self._since_s = 0.0  # when the body began
         self.due_s = 0.0
@@ -76,6 +80,12 @@ class Connection(asyncio.Protocol):
         self.due_s = proxy.loop.time() + proxy.limits.head_s
         proxy.timers.watch(self)
         self._transport.set_write_buffer_limits(high=proxy.limits.client_buffer_bytes)
+        tls = transport.get_extra_info("ssl_object")
+        if tls is not None:
+            self._first = False  # which protocol it is was settled in the handshake
+            if tls.selected_alpn_protocol() == h2.ALPN:
+                self._hand_on()
+                return
         peer = transport.get_extra_info("peername")
         self._peer = peer[0] if isinstance(peer, tuple) else ""
         if len(proxy.clients) > proxy.limits.max_connections:
@@ -137,6 +147,9 @@ class Connection(asyncio.Protocol):
             if reader.body_bytes:
                 self._hold()
         except Bad as refused:
+            if self._first and refused.data.startswith(h2.PREFACE_BEGINS):
+                self._hand_on(refused.data)
+                return
             self._refuse(refused.error, refused.error.code or "malformed_request")
             return
         if step == COMPLETE:
@@ -144,31 +157,28 @@ class Connection(asyncio.Protocol):
         else:
             self._wait()
 
+    def _hand_on(self, data: bytes = b"") -> None:
+        """The client speaks HTTP/2: `data` is what it has said so far."""
+        proxy, transport = self._proxy, self._transport
+        proxy.clients.discard(self)
+        proxy.timers.unwatch(self)
+        self._state = CLOSING
+        connection = h2.Connection(proxy)
+        transport.set_protocol(connection)
+        connection.connection_made(transport)
+        if data:
+            connection.data_received(data)
+
     def _enter(self) -> Request | None:
         """The head is there: the request as far as it is known, unless the Gate refuses it."""
-        proxy, reader, now_s = self._proxy, self._reader, self._since_s
-        headers = reader.headers
-        place = head.read_path(reader.target)
-        request = Request(
-            reader.method,
-            reader.target,
-            place.path,
-            place.dialect,
-            headers,
-            identity.request_id(headers),
-            identity.trace(headers, proxy.sample_ratio),
-            now_s,
-            now_s + proxy.limits.timeout_s,
-            place.model,
-            place.says_model,
-            self._peer,
+        proxy, reader = self._proxy, self._reader
+        request = proxy.receive(
+            reader.method, reader.target, reader.headers, self._peer, self._since_s
         )
         self._request = request
+        self._first = False
         self._minor = reader.minor
         self._close = reader.close
-        timeout = headers.get(b"x-request-timeout-ms")
-        if timeout is not None:
-            request.deadline_s = now_s + head.timeout_s(timeout, proxy.limits.max_timeout_s)
         refused = proxy.enter(request)
         if refused is None:
             return request
@@ -181,11 +191,9 @@ class Connection(asyncio.Protocol):
 
     def _hold(self) -> None:
         """Count what has come of the body."""
-        proxy, size = self._proxy, self._reader.body_bytes
-        proxy.held_bytes += size - self._held_bytes
-        self._held_bytes = size
-        if proxy.held_bytes > proxy.limits.max_held_bytes:
-            raise Bad(Unavailable("Too much is being sent here at once.", retry_after_s=1.0))
+        size = self._reader.body_bytes
+        more, self._held_bytes = size - self._held_bytes, size
+        self._proxy.hold(more)
 
     def _let_go(self) -> None:
         """The request is needed no longer."""
@@ -198,8 +206,7 @@ class Connection(asyncio.Protocol):
         limits = self._proxy.limits
         if self._request is not None:
             # Each part of a body moves this on, at the least rate.
-            earned_s = self._held_bytes / limits.min_body_bytes_per_s
-            self.due_s = self._since_s + limits.body_grace_s + earned_s
+            self.due_s = limits.body_due_s(self._since_s, self._held_bytes)
         elif self._since_s == 0.0 and self._reader.started:
             self._since_s = time.monotonic()
             self.due_s = self._since_s + limits.head_s
@@ -218,12 +225,7 @@ class Connection(asyncio.Protocol):
             self._ahead = reader.ahead
             reader.ahead = b""
         reader.body = b""
-        exchange = self._exchange = Exchange(self._proxy, self, request)
-        if request.says_model and request.method == b"POST":
-            refused = facts.learn(request)
-            if refused is not None:
-                exchange.refuse(refused)
-                return
+        self._exchange = exchange = Exchange(self._proxy, self, request)
         exchange.start()
 
     def over(self) -> None:

@@ -7,10 +7,11 @@ llhttp (strict) reads the same bytes for fields and framing. What either refuses
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
-from nearfield.core.errors import BadRequest, NearfieldError
+from nearfield.core.errors import BadRequest, NearfieldError, PayloadTooLarge
 from nearfield.edge.proxy.ports import Dialect
 
 REQUEST_LINE = re.compile(rb"(GET|POST|HEAD|PUT|PATCH|DELETE|OPTIONS) (/[!-~]*) HTTP/1\.([01])\r\n")
@@ -21,11 +22,13 @@ _LINE_START = re.compile(rb"[A-Z][A-Z-]{0,31}(?: [!-~]*(?: [A-Z0-9/.]*\r?)?)?\Z"
 _HOST = re.compile(rb"(?:[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
 _DOTS = re.compile(rb"/\.{1,2}(?:/|\Z)")
 _ENCODED = re.compile(rb"%(?:2[eEfF]|5[cC]|00|0[aAdD]|(?![0-9A-Fa-f]{2}))")
-_MODEL = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+MODEL = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _PATH_MODEL = re.compile(rb"/(?!v[12](?:/|\Z))([A-Za-z0-9._-]{1,128})(/v([12])(?:/.*)?)")
 _OIP_MODEL = re.compile(rb"/v2/models/([^/]+)(?:/.*)?")
 
 _CACHED_BYTES = 256
+MAX_LENGTH_DIGITS = 18
+"""Of a content-length: as many as always fit 64 bits."""
 
 ONCE = frozenset(
     (
@@ -47,11 +50,16 @@ _NOT_TO_BE_LISTED = ONCE | {b"cookie", b"tracestate"}
 
 
 class Bad(Exception):
-    """A head that is refused. `error` says why; the connection is closed."""
+    """A head that is refused, and the connection closed.
 
-    def __init__(self, error: NearfieldError) -> None:
+    Attributes:
+        error: why. data: what has come on the connection, where it does not begin with a request.
+    """
+
+    def __init__(self, error: NearfieldError, data: bytes = b"") -> None:
         super().__init__(error.message)
         self.error = error
+        self.data = data
 
 
 def bad(message: str, code: str = "malformed_request") -> Bad:
@@ -104,6 +112,38 @@ class Place(NamedTuple):
     says_model: bool
 
 
+def join(headers: dict[bytes, bytes], name: bytes, value: bytes) -> None:
+    """Add a field to those that are there and have one of its name.
+
+    Raises:
+        Bad: there can only be one.
+    """
+    if name in ONCE:
+        raise bad(f"The header {name.decode('latin-1')} must be given once.")
+    headers[name] += (b"; " if name == b"cookie" else b", ") + value
+
+
+def wants_continue(headers: Mapping[bytes, bytes]) -> bool:
+    """Whether the client waits for a word before it sends its body.
+
+    Raises:
+        Bad: it expects something else.
+    """
+    expectation = headers.get(b"expect")
+    if expectation is None:
+        return False
+    if expectation.lower() != b"100-continue":
+        raise Bad(ExpectationFailed("Only the expectation 100-continue is known here."))
+    return True
+
+
+def too_large(max_body_bytes: int) -> Bad:
+    """A body that is not taken."""
+    return Bad(
+        PayloadTooLarge(f"The body is larger than {max_body_bytes} bytes. Send a smaller one.")
+    )
+
+
 def check_incomplete(data: bytes) -> None:
     """Refuse early what can no longer become a head: its rest need not be waited for.
 
@@ -128,7 +168,7 @@ def explain_line(data: bytes) -> Bad:
         return bad("The first line is not an HTTP/1.1 request line.")
     method, target, version = found.groups()
     if version not in (b"1.1", b"1.0"):
-        return Bad(VersionNotSupported("Only HTTP/1.1 and HTTP/1.0 are spoken here."))
+        return Bad(VersionNotSupported("Only HTTP/1.1, 1.0 and 2 are spoken here."), data)
     if REQUEST_LINE.match(b"GET " + target + b" HTTP/1.1\r\n"):
         return Bad(MethodNotAllowed(f"The method {method.decode('ascii')} is not taken here."))
     return bad("The request's target must be a path, beginning with '/'.")
@@ -202,7 +242,7 @@ def _read_path(target: bytes) -> Place:
     dialect: Dialect = "oip" if path == b"/v2" or path.startswith(b"/v2/") else "openai"
     if dialect == "oip" and model is None and (inside := _OIP_MODEL.fullmatch(path)) is not None:
         model = inside[1]
-        if _MODEL.fullmatch(model) is None:
+        if MODEL.fullmatch(model) is None:
             raise bad("A model's name in a path is of letters, digits, '.', '_' and '-'.")
     return Place(
         dialect,

@@ -28,6 +28,8 @@ class Limits:
             ask for (`x-request-timeout-ms`).
         drain_idle_s: when draining, how long an idle connection may still bring a last request.
         client_buffer_bytes: unsent answer beyond which the upstream is no longer read.
+        max_streams: requests of one HTTP/2 connection at once.
+        max_message_bytes: of an answer that is sent as one message (gRPC); a larger one is refused.
         max_upstream_connections, max_upstream_idle, upstream_idle_s: per target; idle connections
             are closed before the upstream would (uvicorn: 5 s).
         max_response_head_bytes: of an upstream's answer; a larger one is a 502.
@@ -49,7 +51,13 @@ class Limits:
     max_timeout_s: float = 3600.0
     drain_idle_s: float = 2.0
     client_buffer_bytes: int = 32 * KIB
+    max_streams: int = 128
+    max_message_bytes: int = 64 * MIB
     max_upstream_connections: int = 1024
     max_upstream_idle: int = 128
     upstream_idle_s: float = 4.0
     max_response_head_bytes: int = 64 * KIB
+
+    def body_due_s(self, since_s: float, size: int) -> float:
+        """By when there must be more of a body that began then, and has come to `size` bytes."""
+        return since_s + self.body_grace_s + size / self.min_body_bytes_per_s

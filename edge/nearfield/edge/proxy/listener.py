@@ -47,9 +47,18 @@ class Listener:
         self, sockets: Sequence[socket.socket], tls: ssl.SSLContext | None = None
     ) -> None:
         """Accept on these sockets from now on. May be called again for others."""
+        # A handshake that is not finished is no connection yet, and on nobody's clock but this.
+        limits = self._proxy.limits
+        handshake_s = None if tls is None else limits.head_s
+        shutdown_s = None if tls is None else limits.linger_s
         for each in sockets:
             server = await self._proxy.loop.create_server(
-                lambda: Connection(self._proxy), sock=each, ssl=tls, backlog=BACKLOG
+                lambda: Connection(self._proxy),
+                sock=each,
+                ssl=tls,
+                backlog=BACKLOG,
+                ssl_handshake_timeout=handshake_s,
+                ssl_shutdown_timeout=shutdown_s,
             )
             self._servers.append(server)
 

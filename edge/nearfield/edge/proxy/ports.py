@@ -18,7 +18,7 @@ import asyncio
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from nearfield.core.errors import NearfieldError
 
@@ -307,6 +307,45 @@ class Retries(Protocol):
 
     def hedge_after_s(self, request: Request, grant: Grant) -> float | None:
         """Start a second try beside the first after so long without an answer; None: never."""
+        ...
+
+
+class Reply(NamedTuple):
+    """An answer in the form of another protocol: head, data, and what comes after the data."""
+
+    head: Fields
+    data: bytes
+    trailers: Fields
+
+
+class Call(Protocol):
+    """A call of another protocol over HTTP/2 (gRPC), and the request that it stands for.
+
+    Attributes:
+        refused: why it is not taken, where its head alone says so.
+        at_once: the caller has to be known before the message is read. Else what is asked for is
+            known, and the caller asked about, only then.
+        max_bytes: of its message, framed.
+    """
+
+    refused: NearfieldError | None
+    at_once: bool
+    max_bytes: int
+
+    def read(self, request: Request) -> NearfieldError | None:
+        """`request.body` is the message: make the request what it asks for, or refuse it."""
+        ...
+
+    def reply(self, status: int, fields: Fields, body: bytes) -> Reply:
+        """The answer to that request, whole, as this protocol has it. Refusals are answers too."""
+        ...
+
+
+class Calls(Protocol):
+    """Knows calls of other protocols over HTTP/2."""
+
+    def find(self, target: bytes, headers: dict[bytes, bytes]) -> Call | None:
+        """The call that this head begins; None: it is a plain request. May change `headers`."""
         ...
 
 

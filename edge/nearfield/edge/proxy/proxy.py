@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from nearfield.core.errors import EngineFailed, NearfieldError
+from nearfield.core.errors import EngineFailed, NearfieldError, Unavailable
+from nearfield.edge.proxy import head, identity
 from nearfield.edge.proxy.answers import Dates
 from nearfield.edge.proxy.limits import Limits
 from nearfield.edge.proxy.ports import (
     Attempt,
+    Calls,
     Gate,
     Pages,
     Recorder,
@@ -24,20 +26,31 @@ from nearfield.edge.proxy.upstream import Pools
 
 if TYPE_CHECKING:
     from nearfield.edge.proxy.exchange import Exchange
-    from nearfield.edge.proxy.h1 import Connection
 
 log = logging.getLogger("nearfield.edge.proxy")
 
 SWEEP_S = 1.0
 
 
+class Connected(Protocol):
+    """A client's connection, whatever protocol it speaks."""
+
+    def drain(self) -> None:
+        """The process is stopping: finish what runs, and soon take nothing more."""
+        ...
+
+    def cut(self) -> None:
+        """The time to drain is over."""
+        ...
+
+
 class Proxy:
     """The ports and the state of one event loop's forwarding.
 
     Attributes:
-        live: exchanges under way. held_bytes: of request bodies in memory.
+        live: exchanges under way. held_bytes: of request bodies and collected answers in memory.
         clients: open client connections.
-        draining: answers say `Connection: close`.
+        draining: answers say that their connection will be closed.
         sample_ratio: share of new traces that are sampled.
     """
 
@@ -49,6 +62,7 @@ class Proxy:
         recorder: Recorder,
         *,
         pages: Pages | None = None,
+        calls: Calls | None = None,
         limits: Limits | None = None,
         sample_ratio: float = 0.0,
     ) -> None:
@@ -58,6 +72,7 @@ class Proxy:
         self.retries = retries
         self.recorder = recorder
         self.pages = pages
+        self.calls = calls
         self.limits = limits or Limits()
         self.sample_ratio = sample_ratio
         self.timers = Timers(self.loop)
@@ -65,18 +80,66 @@ class Proxy:
         self.dates = Dates()
         self.live: set[Exchange] = set()
         self.held_bytes = 0
-        self.clients: set[Connection] = set()
+        self.clients: set[Connected] = set()
         self.draining = False
         self._sweeping: asyncio.TimerHandle | None = None
         self._deserted: asyncio.Event | None = None
         self._sweep()
 
+    def receive(
+        self,
+        method: bytes,
+        target: bytes,
+        headers: dict[bytes, bytes],
+        peer: str,
+        started_s: float,
+    ) -> Request:
+        """The request that a well-formed head begins.
+
+        Raises:
+            Bad: its target could be read as another one.
+        """
+        place = head.read_path(target)
+        return Request(
+            method,
+            target,
+            place.path,
+            place.dialect,
+            headers,
+            identity.request_id(headers),
+            identity.trace(headers, self.sample_ratio),
+            started_s,
+            started_s + self.limits.timeout_s,
+            place.model,
+            place.says_model,
+            peer,
+        )
+
+    def hold(self, size: int) -> None:
+        """Count bytes that are kept in memory. Count them off again, also those that were refused.
+
+        Raises:
+            Bad: there are too many.
+        """
+        self.held_bytes += size
+        if self.held_bytes > self.limits.max_held_bytes:
+            raise head.Bad(Unavailable("Too much is being sent here at once.", retry_after_s=1.0))
+
     def enter(self, request: Request) -> NearfieldError | None:
-        """Ask at the end of a request's head whether it may go on: a page's, or the Gate."""
+        """Ask at the end of a request's head whether it may go on: a page's, or the Gate.
+
+        Raises:
+            Bad: it asks for a deadline that is none.
+        """
+        timeout = request.headers.get(b"x-request-timeout-ms")
+        if timeout is not None:
+            allowed_s = head.timeout_s(timeout, self.limits.max_timeout_s)
+            request.deadline_s = request.started_s + allowed_s
         try:
             if self.pages is not None:
                 request.page = self.pages.find(request)
                 if request.page is not None:
+                    request.says_model = False  # its body is for the page to read
                     return None
             return self.gate.enter(request)
         except Exception:
@@ -100,7 +163,7 @@ class Proxy:
         for exchange in tuple(self.live):
             exchange.abandon(target)
 
-    def client_gone(self, client: Connection) -> None:
+    def client_gone(self, client: Connected) -> None:
         """A client's connection has ended."""
         self.clients.discard(client)
         if self._deserted is not None and not self.clients:

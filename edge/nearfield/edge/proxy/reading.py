@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 
 import httptools
-from nearfield.core.errors import PayloadTooLarge
 from nearfield.edge.proxy import head
 from nearfield.edge.proxy.head import Bad, bad
 from nearfield.edge.proxy.limits import Limits
@@ -90,12 +89,7 @@ class Reader:
         Raises:
             Bad: it expects something else.
         """
-        expectation = self.headers.get(b"expect")
-        if expectation is None:
-            return False
-        if expectation.lower() != b"100-continue":
-            raise Bad(head.ExpectationFailed("Only the expectation 100-continue is known here."))
-        return self.minor == b"1" and self.body_bytes == 0
+        return head.wants_continue(self.headers) and self.minor == b"1" and self.body_bytes == 0
 
     # ---- the head ---------------------------------------------------------------------------
 
@@ -184,7 +178,7 @@ class Reader:
             return self._begin_chunks(data[end:])
         wanted = 0 if length is None else int(length)
         if wanted > self._limits.max_body_bytes:
-            raise self._too_large()
+            raise head.too_large(self._limits.max_body_bytes)
         if len(data) - end >= wanted:
             self.body = data[end : end + wanted]
             self.body_bytes = wanted
@@ -226,7 +220,7 @@ class Reader:
                 raise _why(error) from None
             self.close = True  # what follows is not read: the client may ask again
         if self.body_bytes > self._limits.max_body_bytes:
-            raise self._too_large()
+            raise head.too_large(self._limits.max_body_bytes)
         overhead = self._framing_bytes - self.body_bytes
         if overhead > CHUNK_ALLOWANCE_BYTES + self.body_bytes:
             raise bad("The body's chunks are too small, or their extensions too long.")
@@ -240,10 +234,6 @@ class Reader:
         self._phase = _DONE
         return COMPLETE
 
-    def _too_large(self) -> Bad:
-        most = self._limits.max_body_bytes
-        return Bad(PayloadTooLarge(f"The body is larger than {most} bytes. Send a smaller one."))
-
     # ---- llhttp -----------------------------------------------------------------------------
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -251,10 +241,8 @@ class Reader:
         fields = self._fields
         if name not in fields:
             fields[name] = value
-        elif name in head.ONCE:
-            raise bad(f"The header {name.decode('latin-1')} must be given once.")
         else:
-            fields[name] += (b"; " if name == b"cookie" else b", ") + value
+            head.join(fields, name, value)
 
     def on_message_begin(self) -> None:
         if self._over:

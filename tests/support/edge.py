@@ -14,7 +14,7 @@ import h11
 from nearfield.edge.proxy.limits import Limits
 from nearfield.edge.proxy.listener import Listener, bind
 from nearfield.edge.proxy.plain import Careful, OpenGate, Remember, Spread
-from nearfield.edge.proxy.ports import Gate, Outcome, Pages, Retries, Router, Target
+from nearfield.edge.proxy.ports import Calls, Gate, Outcome, Pages, Retries, Router, Target
 from nearfield.edge.proxy.proxy import Proxy
 
 from tests.support.hosting import until
@@ -257,6 +257,7 @@ async def forwarding(
     router: Router | None = None,
     retries: Retries | None = None,
     pages: Pages | None = None,
+    calls: Calls | None = None,
     limits: Limits | None = None,
     tls: Any = None,
     sockets: list[socket.socket] | None = None,
@@ -270,6 +271,7 @@ async def forwarding(
         retries or Careful(),
         recorder,
         pages=pages,
+        calls=calls,
         limits=limits,
     )
     listener = Listener(proxy)

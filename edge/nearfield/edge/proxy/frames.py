@@ -78,7 +78,7 @@ class Frames:
             kind = data[at + 3]
             self._weigh(kind, data[at + 4], length)
             after = at + HEAD_BYTES + length
-            if kind == _GOAWAY and length <= MAX_FRAME_BYTES and not self.in_head:
+            if kind == _GOAWAY and not self.in_head:
                 self.leaving = True
                 parts.append(data[begin:at])
                 begin = min(after, end)
@@ -100,6 +100,9 @@ class Frames:
         self._allowance = min(MAX_ALLOWANCE, self._allowance + FOR_DATA_SENT)
 
     def _weigh(self, kind: int, flags: int, length: int) -> None:
+        if length > MAX_FRAME_BYTES:
+            # h2 would keep all of it, up to 16 MB, and then refuse it.
+            raise Flood("frame_too_large")
         if kind == _DATA:
             worth = 1 if length >= SOLID_BYTES else -1
         elif kind == _HEADERS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from h2.errors import ErrorCodes
+from h2.exceptions import StreamClosedError
 from nearfield.core.errors import EngineFailed, NearfieldError
 from nearfield.edge.proxy import fields as request_fields
 from nearfield.edge.proxy import head
@@ -140,6 +142,10 @@ class Stream:
         self._connection.proxy.timers.unwatch(self)
         request, call = self._request, self._call
         assert request is not None
+        length = request.headers.get(b"content-length")
+        if length is not None and int(length) != self._held_bytes:
+            self._refuse(head.bad("content-length is not the length of the body.").error)
+            return
         request.body = b"".join(self._parts)
         self._parts = []
         if call is not None:
@@ -364,7 +370,9 @@ class Stream:
         self._all_sent = True
         self._connection.proxy.timers.unwatch(self)
         if self._unread:
-            self._connection.wire.reset_stream(self.number, ErrorCodes.NO_ERROR)
+            # Its end may have come in the same packet as what was just answered: h2 knows.
+            with contextlib.suppress(StreamClosedError):
+                self._connection.wire.reset_stream(self.number, ErrorCodes.NO_ERROR)
             self._connection.flush()
         self._settle()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 from nearfield.edge.proxy.events import MAX_EVENT_BYTES, EventStream
+from nearfield.edge.proxy.frames import PREFACE, Flood, Frames
 from nearfield.edge.proxy.head import Bad
 from nearfield.edge.proxy.limits import Limits
 from nearfield.edge.proxy.reading import COMPLETE, HEAD, Reader
@@ -112,6 +114,36 @@ def test_a_damaged_request_is_read_or_refused(
 def test_any_bytes_are_read_or_refused(raw: bytes, cuts: list[int]) -> None:
     for _, target, _, _ in read_or_refused(cut(raw, cuts)):
         assert target.startswith(b"/")
+
+
+# ---- HTTP/2's frames ----------------------------------------------------------------------------
+
+frames = st.lists(
+    st.tuples(st.sampled_from([0, 1, 2, 4, 6, 7, 8, 250]), st.binary(max_size=40)), max_size=20
+)
+
+
+@given(frames, st.lists(st.integers(0, 2000), max_size=12))
+def test_all_frames_pass_but_goodbyes_whatever_the_cuts(
+    several: list[tuple[int, bytes]], cuts: list[int]
+) -> None:
+    written = [
+        len(body).to_bytes(3, "big") + bytes([kind, 4]) + b"\0\0\0\1" + body
+        for kind, body in several
+    ]
+    guard = Frames(1000)
+    parts = cut(PREFACE + b"".join(written), cuts)
+    passed = b"".join([guard.read(part) for part in parts])
+    kept = [raw for raw, (kind, _) in zip(written, several, strict=True) if kind != 7]
+    assert passed == PREFACE + b"".join(kept)
+    assert guard.leaving == (len(kept) < len(written))
+
+
+@given(st.binary(max_size=400), st.lists(st.integers(0, 400), max_size=4))
+def test_any_frames_are_read_or_refused(raw: bytes, cuts: list[int]) -> None:
+    guard = Frames(1000)
+    with contextlib.suppress(Flood):
+        assert len(b"".join([guard.read(part) for part in cut(raw, cuts)])) <= len(raw)
 
 
 # ---- server-sent events -------------------------------------------------------------------------

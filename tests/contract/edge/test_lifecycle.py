@@ -7,6 +7,7 @@ import os
 import socket
 import ssl
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,67 @@ async def test_tls_and_a_new_certificate(tmp_path: Path) -> None:
         still = await proxy.client(ssl=trusting_nobody())
         assert name_of(still) == "second"
     await upstream.close()
+
+
+async def test_certificates_are_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also over a moment in which chain and key do not belong together; that is told once."""
+    files = write_certificate(tmp_path, "first")
+    key = files.key.read_bytes()
+    certificates = Certificates(files)
+    following = asyncio.ensure_future(certificates.follow(every_s=0.01))
+    async with forwarding([], tls=certificates.context) as proxy:
+        write_certificate(tmp_path, "second")
+        new_key = files.key.read_bytes()
+        files.key.write_bytes(key)
+        await until(lambda: "cannot be used yet" in caplog.text)
+        assert name_of(await proxy.client(ssl=trusting_nobody())) in ("first", "second")
+        files.key.unlink()
+        await until(lambda: "No such file" in caplog.text)
+        files.key.write_bytes(new_key)
+
+        async def shown() -> str:
+            return name_of(await proxy.client(ssl=trusting_nobody()))
+
+        async with asyncio.timeout(5):
+            while await shown() != "second":
+                pass
+        assert caplog.text.count("No such file") == 1
+        following.cancel()
+
+
+@pytest.mark.parametrize(
+    ("version", "ciphers", "taken"),
+    [
+        (ssl.TLSVersion.TLSv1_3, None, True),
+        (ssl.TLSVersion.TLSv1_2, "ECDHE+AESGCM", True),
+        (ssl.TLSVersion.TLSv1_2, "ECDHE-ECDSA-AES256-SHA384:@SECLEVEL=0", False),
+        (ssl.TLSVersion.TLSv1_1, "ALL:@SECLEVEL=0", False),
+    ],
+)
+async def test_old_tls_is_refused(
+    tmp_path: Path, version: ssl.TLSVersion, ciphers: str | None, taken: bool
+) -> None:
+    certificates = Certificates(write_certificate(tmp_path, "only"))
+    context = trusting_nobody()
+    if ciphers is not None:
+        context.set_ciphers(ciphers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # for what is tried here
+        context.minimum_version = context.maximum_version = version
+    async with forwarding([], tls=certificates.context) as proxy:
+        if taken:
+            assert name_of(await proxy.client(ssl=context)) == "only"
+        else:
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                await proxy.client(ssl=context)
+
+
+async def test_a_handshake_that_is_not_finished(tmp_path: Path) -> None:
+    certificates = Certificates(write_certificate(tmp_path, "only"))
+    async with forwarding([], tls=certificates.context, limits=Limits(head_s=0.2)) as proxy:
+        client = await proxy.client()
+        client.send(b"\x16\x03\x01")
+        assert await client.rest() == b""
 
 
 async def test_tls_refuses_and_closes(tmp_path: Path) -> None:

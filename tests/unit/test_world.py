@@ -202,7 +202,7 @@ def test_one_with_requests_is_remembered_until_they_end() -> None:
     walk.load()
     replica = walk.replica("a")
     attempt = Attempt(Leg(replica.target), walk.now_s)
-    replica.running.add(attempt)
+    replica.running[attempt] = 0.0
     walk.agent(app(["b"]))
     assert {r.id for r in walk.world.replicas()} == {"a", "b"}
     assert walk.open() == ["b"]
@@ -283,6 +283,45 @@ def test_an_application_that_is_gone_is_forgotten() -> None:
     assert walk.world.replicas() == []
 
 
+def test_an_upgrade_loses_no_replica_of_either_version() -> None:
+    """One application, replaced replica by replica: both versions serve whoever names none."""
+    walk = Walk()
+    walk.agent(app(["a", "b"], version="1"))
+    walk.load()
+    same = walk.replica("a")
+    walk.agent(app(["a", "b"], version="2", status="DEPLOYING"))
+    assert walk.open("1") == ["a", "b"]
+    assert walk.replica("a") is same
+    first = walk.world.plan(Ask("chat"), Caller()).rows[0].candidate.state
+    assert (first.endpoint.version, first.replicas) == ("1", 2)
+    walk.agent(app(["b", "c"], version="2", status="DEPLOYING"))
+    replica = walk.replica("c")
+    told = replace(IDLE, version="2")
+    walk.world.replica_answered(replica, told, 0, 0.0, walk.now_s)
+    walk.world.round()
+    assert (walk.open("1"), walk.open("2")) == (["b"], ["c"])
+    assert walk.home("1").endpoint.current
+    assert walk.home("2").endpoint.current
+    assert walk.rows(version="1") == ["eu"]
+    walk.agent(app(["c"], version="2"))
+    assert walk.open("2") == ["c"]
+    assert walk.rows(version="1") == []
+
+
+def test_a_replica_that_turns_out_to_be_of_another_version_moves_there() -> None:
+    """A gateway that starts in the middle of an upgrade."""
+    walk = Walk()
+    walk.agent(app(["a"], version="2", status="DEPLOYING"))
+    old = walk.replica("a")
+    walk.world.replica_answered(old, IDLE, 0, 0.0, walk.now_s)
+    walk.agent(app(["a"], version="2", status="DEPLOYING"))
+    moved = walk.replica("a")
+    assert (moved.endpoint.endpoint.version, moved.target.port) == ("1", old.target.port)
+    walk.world.replica_answered(moved, IDLE, 0, 0.0, walk.now_s)
+    walk.world.round()
+    assert walk.open("1") == ["a"]
+
+
 def test_a_spec_that_cannot_be_read_is_left_out() -> None:
     walk = Walk()
     walk.agent(app(["a"], engine="no such engine"))
@@ -325,7 +364,7 @@ def test_a_replica_that_is_silent_with_requests_is_dead_and_given_up() -> None:
     walk.agent(app(["a", "b"]))
     walk.load()
     replica = walk.replica("a")
-    replica.running.add(Attempt(Leg(replica.target), walk.now_s))
+    replica.running[Attempt(Leg(replica.target), walk.now_s)] = 0.0
     walk.world.replica_silent(replica, "no answer in time", walk.now_s)
     assert walk.given_up == [replica.target]
     assert walk.open() == ["b"]
@@ -338,7 +377,7 @@ def test_one_that_answers_requests_is_not_dead_because_its_page_is_slow() -> Non
     walk.load()
     replica = walk.replica("a")
     streaming = Attempt(Leg(replica.target), walk.now_s, heard_s=walk.now_s + 0.9)
-    replica.running.add(streaming)
+    replica.running[streaming] = 0.0
     sent_s = walk.now_s
     walk.now_s += 1.0
     for _ in range(3):
@@ -473,6 +512,30 @@ def test_a_region_that_goes_down_is_given_up_at_all_its_endpoints() -> None:
     assert set(walk.given_up) == targets
     assert len(targets) == 2
     assert walk.rows() == ["eu"]
+
+
+def test_a_region_that_keeps_requests_waiting_is_asked_before_its_turn() -> None:
+    walk = Walk()
+    doubted: list[object] = []
+    walk.world.doubt = doubted.append
+    walk.region("us")
+    region = walk.world.region("us")
+    (known,) = region.endpoints.values()
+    assert known.target is not None
+    attempt = Attempt(Leg(known.target), walk.now_s)
+    region.running[attempt] = walk.now_s + 0.1
+    region.asked_s = walk.now_s
+    walk.wait(0.3)
+    assert doubted == []  # it is late by less than a quarter of a second
+    walk.wait(0.1)
+    assert doubted == [region]
+    region.asked_s = walk.now_s
+    walk.wait(0.1)
+    assert doubted == [region]
+    attempt.heard_s = walk.now_s
+    walk.wait(5)
+    assert doubted == [region]  # its answer has begun
+    region.running.clear()
 
 
 def test_an_endpoint_that_is_no_longer_told_of_drains_and_goes() -> None:

@@ -23,21 +23,23 @@ class Peer:
 
     Attributes:
         name: within its group. target: where it is.
-        running: tries at it that have not ended.
+        running: tries at it that have not ended, and when their first byte was expected.
+        asked_s: when it was last asked how it is.
         heard_s: when the last try that has ended was heard last; None: never.
         used_s, good_s: when a request was last sent to it, and when it last answered one well.
         deep_s: when it may be asked for a tiny inference again.
     """
 
     __slots__ = (
-        "_answered", "_slowness", "deep_s", "good_s", "heard_s", "name", "running", "target",
-        "used_s",
+        "_answered", "_slowness", "asked_s", "deep_s", "good_s", "heard_s", "name", "running",
+        "target", "used_s",
     )  # fmt: skip
 
     def __init__(self, name: str, target: Target | None) -> None:
         self.name = name
         self.target = target
-        self.running: set[Attempt] = set()
+        self.running: dict[Attempt, float] = {}
+        self.asked_s = -math.inf
         self.heard_s: float | None = None
         self.used_s = self.good_s = self.deep_s = -math.inf
         self._answered = 0
@@ -50,6 +52,15 @@ class Peer:
             if attempt.heard_s is not None and (heard_s is None or attempt.heard_s > heard_s):
                 heard_s = attempt.heard_s
         return heard_s
+
+    def overdue(self, before_s: float) -> bool:
+        """Whether a first byte was expected before that time, and nothing was heard since."""
+        heard_s = self.last_heard_s()
+        if heard_s is not None and heard_s >= before_s:
+            return False
+        return any(
+            due_s < before_s and attempt.heard_s is None for attempt, due_s in self.running.items()
+        )
 
     def answered(self, took_s: float, expected_s: float, now_s: float) -> None:
         """One more answer: told to its group with the next evidence, or at the next round."""

@@ -48,7 +48,7 @@ ROUND_S = 0.1
 """How often what was heard becomes what requests are routed by."""
 GAP_S = 0.05
 """Shortest time between two questions to the same, however doubtful it is."""
-START_S = 1.5
+START_S = 0.5
 """How long the start waits for first answers. Whoever is silent then is heard later."""
 SWEEP_S = 1.0
 SAVE_S = 10.0
@@ -233,7 +233,7 @@ class Follower:
         assert region.target is not None
         own = world.books.own
         own_at = {known.number: own[known.number] for known in region.endpoints.values()}
-        sent_s = world.clock()
+        sent_s = region.asked_s = world.clock()
         try:
             reply = await self._get(region.target, REGION_PATH, REGION_RULES)
             report = _read(reply, parse_region)

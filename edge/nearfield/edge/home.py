@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from nearfield.api.load import (
@@ -69,15 +70,15 @@ class Replica(Peer):
     """
 
     __slots__ = (
-        "endpoint", "gone_s", "id", "load", "meter", "number", "own_at", "shown", "speed", "trials",
-        "work_at",
+        "address", "endpoint", "gone_s", "id", "load", "meter", "number", "own_at", "shown",
+        "speed", "trials", "work_at",
     )  # fmt: skip
     target: Target
 
-    def __init__(self, endpoint: HomeEndpoint, told: Told, prefix: str, number: int) -> None:
-        target = Target(told.host, told.port, prefix.encode("ascii"))
-        super().__init__(f"{told.replica_id} at {told.host}:{told.port}", target)
-        self.id = told.replica_id
+    def __init__(self, endpoint: HomeEndpoint, address: Address, number: int) -> None:
+        self.id, host, port, prefix = self.address = address
+        target = Target(host, port, prefix.encode("ascii"))
+        super().__init__(f"{self.id} at {host}:{port}", target)
         self.endpoint = endpoint
         self.number = number
         self.load: ReplicaLoad | None = None
@@ -87,7 +88,7 @@ class Replica(Peer):
         self.speed = endpoint.speed
         self.gone_s: float | None = None
         self.trials = 0
-        name = re.sub(r"[^!-~]", "?", told.replica_id).encode("ascii")
+        name = re.sub(r"[^!-~]", "?", self.id).encode("ascii")
         self.shown = (*endpoint.shown, (b"x-nearfield-replica", name))
 
     def state(self, health: Health, weight: float, *, open_: bool) -> ReplicaState:
@@ -264,6 +265,7 @@ class Home:
         self.endpoints: dict[Key, HomeEndpoint] = {}
         self._books = books
         self._running = running
+        self._versions: dict[Address, str] = {}
         self._specs: dict[str, tuple[Any, ModelSpec | None]] = {}
         self._ingresses: dict[str, Target] = {}
 
@@ -286,22 +288,44 @@ class Home:
             new_beliefs: makes the `Beliefs` of an endpoint that is new.
         """
         self.targets, self.told_s, self.fails = targets, now_s, 0
+        apps = [
+            (app, spec) for app in targets.applications if (spec := self._spec(app)) is not None
+        ]
+        current = _current(apps)
         parts: dict[Key, list[tuple[Application, ModelSpec]]] = {}
-        for app in targets.applications:
-            spec = self._spec(app)
-            if spec is not None:
-                parts.setdefault((spec.model, spec.version, spec.pool.name), []).append((app, spec))
-        current = _current(parts)
-        for key, apps in parts.items():
+        for app, spec in apps:
+            for version, named in self._by_version(app, spec).items():
+                part = (replace(app, targets=named), spec.model_copy(update={"version": version}))
+                parts.setdefault((spec.model, version, spec.pool.name), []).append(part)
+        there = {_address(app, told) for app, _ in apps for told in app.targets}
+        self._versions = {a: version for a, version in self._versions.items() if a in there}
+        for key, ours in parts.items():
             known = self.endpoints.get(key)
             if known is None:
-                known = self._add(key, apps[0][0], new_beliefs)
-            self._update(known, apps, now_s, current=key in current)
+                known = self._add(key, ours[0][0], new_beliefs)
+            self._update(known, ours, now_s, current=any(app.name in current for app, _ in ours))
         for key, known in self.endpoints.items():
             if key not in parts:
                 known.named = False
                 self._leave(known, known.replicas, now_s)
         self._specs = {app.name: self._specs[app.name] for app in targets.applications}
+
+    def serves(self, replica: Replica, version: str) -> bool:
+        """A replica has told its version: whether it is that of its endpoint.
+
+        It need not be: an application that is upgraded has replicas of both for a while. Then it
+        belongs to another endpoint from the agent's next word on.
+        """
+        self._versions[replica.address] = version
+        return version == replica.endpoint.endpoint.version
+
+    def _by_version(self, app: Application, spec: ModelSpec) -> dict[str, tuple[Told, ...]]:
+        """The application's replicas by the version that each has told; its own one where none."""
+        found: dict[str, tuple[Told, ...]] = {spec.version: ()}
+        for told in app.targets:
+            version = self._versions.get(_address(app, told), spec.version)
+            found[version] = (*found.get(version, ()), told)
+        return found
 
     def forget(self, now_s: float) -> list[Replica]:
         """Drop what is gone and has no request of ours any more; those replicas."""
@@ -309,7 +333,8 @@ class Home:
         for key, known in list(self.endpoints.items()):
             for address, replica in list(known.replicas.items()):
                 if replica.gone_s is not None and not replica.running:
-                    if known.named and known.takes_requests(replica, now_s):
+                    used = replica.load is not None and known.takes_requests(replica, now_s)
+                    if known.named and used:
                         continue  # it is one of the last
                     del known.replicas[address]
                     dropped.append(replica)
@@ -384,12 +409,12 @@ class Home:
         named = set()
         for each, _ in apps:
             for told in each.targets:
-                address = (told.replica_id, told.host, told.port, each.route_prefix)
+                address = _address(each, told)
                 named.add(address)
                 replica = known.replicas.get(address)
                 if replica is None:
                     number = self._running.take()
-                    known.replicas[address] = Replica(known, told, each.route_prefix, number)
+                    known.replicas[address] = Replica(known, address, number)
                 else:
                     replica.gone_s = None
         self._leave(known, known.replicas.keys() - named, now_s)
@@ -401,24 +426,26 @@ class Home:
                 replica.gone_s = now_s
 
 
-def _current(parts: dict[Key, list[tuple[Application, ModelSpec]]]) -> set[Key]:
-    """Of each model, the version for callers that name none: the newest that runs.
+def _address(app: Application, told: Told) -> Address:
+    return told.replica_id, told.host, told.port, app.route_prefix
 
-    One that is still being deployed, or cannot be, takes nothing from the version before it.
+
+def _current(apps: Iterable[tuple[Application, ModelSpec]]) -> set[str]:
+    """The applications that serve callers who name no version: of each model the newest that runs.
+
+    One that is still being deployed, or cannot be, takes nothing from the version before it. While
+    one application is upgraded, its old replicas serve as well as its new ones.
     """
-    versions: dict[str, dict[str, bool]] = {}
-    for (model, version, _), apps in parts.items():
-        runs = any(app.targets or app.status == "RUNNING" for app, _ in apps)
-        seen = versions.setdefault(model, {})
-        seen[version] = seen.get(version, False) or runs
-    newest = {
-        model: max(seen, key=lambda version: (seen[version], _natural(version)))
-        for model, seen in versions.items()
-    }
-    return {key for key in parts if newest[key[0]] == key[1]}
+    newest: dict[str, tuple[bool, list[tuple[int, int, str]]]] = {}
+    ranks = {}
+    for app, spec in apps:
+        rank = bool(app.targets) or app.status == "RUNNING", _natural(spec.version)
+        ranks[app.name] = spec.model, rank
+        newest[spec.model] = max(newest.get(spec.model, rank), rank)
+    return {name for name, (model, rank) in ranks.items() if rank == newest[model]}
 
 
-def _natural(version: str) -> Sequence[tuple[int, int, str]]:
+def _natural(version: str) -> list[tuple[int, int, str]]:
     """So that 10 comes after 9, and 1.10 after 1.9."""
     return [
         (1, int(part), "") if part.isdigit() else (0, 0, part)

@@ -197,7 +197,7 @@ class WorldRouter:
         self._own[way.known.number] += 1
         way.known.answers.used_s = attempt.started_s
         peer = way.peer
-        peer.running.add(attempt)
+        peer.running[attempt] = attempt.started_s + way.expected_s
         if isinstance(peer, Replica):
             peer.used_s = attempt.started_s
             self._running.own[peer.number] += 1
@@ -213,7 +213,7 @@ class WorldRouter:
         way.counted = False
         known, peer = way.known, way.peer
         self._own[known.number] -= 1
-        peer.running.discard(attempt)
+        peer.running.pop(attempt, None)
         heard_s = attempt.heard_s
         if heard_s is not None and (peer.heard_s is None or heard_s > peer.heard_s):
             peer.heard_s = heard_s

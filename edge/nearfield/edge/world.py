@@ -58,6 +58,8 @@ LATE_S = 1.0
 LATE_TIMES = 3.0
 """... this many times what was predicted: else anybody could eject it with deadlines of a
 millisecond."""
+OVERDUE_S = 0.25
+"""A region whose answer is so much later than predicted is asked how it is, this often at most."""
 LEAST_RTT_S = 1e-6
 """Shortest round trip believed in: what a gateway says it spent may exceed what was measured."""
 FAR_S = 0.1
@@ -341,10 +343,11 @@ class World:
         Args:
             own_at, work_at: this gateway's requests and tokens there when it was asked.
         """
-        endpoint = replica.endpoint.endpoint
-        if (load.model, load.version) != (endpoint.model, endpoint.version):
-            told = f"it serves {load.model} at version {load.version}"
-            self.replica_silent(replica, told, sent_s)
+        assert self.home is not None
+        if load.model != replica.endpoint.endpoint.model:
+            self.replica_silent(replica, f"it serves {load.model}", sent_s)
+            return
+        if not self.home.serves(replica, load.version):
             return
         replica.load, replica.own_at, replica.work_at = load, own_at, work_at
         replica.meter.read(load)
@@ -450,6 +453,9 @@ class World:
             self._tick(now_s)
         if self._dirty:
             self.refresh(now_s)
+        for region in self.others:  # who keeps requests waiting is asked before its turn
+            if now_s >= region.asked_s + OVERDUE_S and region.overdue(now_s - OVERDUE_S):
+                self.doubt(region)
 
     def _tick(self, now_s: float) -> None:
         for region in self._regions.values():

@@ -359,7 +359,9 @@ class Pool:
         """Close connections that have been idle since before that time."""
         idle = self.idle
         while idle and idle[0].idle_s < before_s:
-            idle.pop(0).transport.close()
+            upstream = idle.pop(0)
+            self.forget(upstream)  # the loop tells of its end one turn later
+            upstream.transport.close()
 
 
 class Pools:

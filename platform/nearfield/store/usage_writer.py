@@ -210,7 +210,8 @@ class UsageWriter:
             self._full = True
             self.lost += len(records)
             return
-        self._full = False
+        if room > self._max_bytes // 4:  # a few small ones that still fit are no news
+            self._full = False
         assert segment.records is not None
         segment.records += records
         segment.count += len(records)

@@ -64,6 +64,8 @@ SCRIPTS = st.builds(
     st.integers(0, 2),
 )
 
+CRASHED = [(b"x-nearfield-error-code", b"engine_crashed")]
+
 
 class Wire:
     """An upstream connection that does as the request's script says."""
@@ -99,8 +101,8 @@ class Wire:
                 self.end(b"data: [DONE]\n\n")
         else:
             status = int(act) if act.isdigit() else 500 if act == "crash" else 200
-            receiver.on_head(status, [*JSON], None)
-            self.end(b'{"error":{"code":"engine_crashed"}}' if act == "crash" else USAGE)
+            receiver.on_head(status, [*JSON, *(CRASHED if act == "crash" else ())], None)
+            self.end(b"{}" if act == "crash" else USAGE)
 
     def end(self, data: bytes) -> None:
         receiver = self.receiver

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from nearfield.api import oip
+from nearfield.api.error_bodies import code_header
 from nearfield.api.events import EmbedRequest, GenerateRequest, Inferred, Timings
 from nearfield.core.errors import BadRequest, EngineFailed, NearfieldError
 from numpy.typing import NDArray
@@ -286,3 +287,12 @@ def test_generate_takes_what_tritons_clients_send() -> None:
 
 def test_errors_are_one_string() -> None:
     assert oip.error_body(NearfieldError("no")) == {"error": "no"}
+
+
+def test_an_errors_code_has_a_header_and_in_a_stream_a_field() -> None:
+    crashed = NearfieldError("It died.", code="engine_crashed")
+    assert code_header(crashed) == [(b"x-nearfield-error-code", b"engine_crashed")]
+    assert oip.error_event(crashed) == {"error": "It died.", "code": "engine_crashed"}
+    assert oip.error_event(NearfieldError("no")) == {"error": "no"}
+    for code in (None, "", "a b", "a\r\nset-cookie: x", "é", "x" * 65):  # a remote model's
+        assert code_header(NearfieldError("no", code=code)) == []

@@ -35,7 +35,7 @@ class Charged(Reservation):
         self.tokens.append(tokens)
 
 
-def measure(
+def measured(
     *parts: bytes,
     status: int = 200,
     fields: Any = JSON,
@@ -44,8 +44,8 @@ def measure(
     error: str | None = None,
     failure: FailureKind | None = None,
     sent: bool = True,
-) -> tuple[int, Tokens | None]:
-    """Charged, and billed, for an answer of these parts to a prompt of 100 tokens."""
+) -> tuple[Outcome, int, Tokens | None]:
+    """The end, what is charged, and billed, of an answer of these parts to 100 tokens of prompt."""
     request = request_of()
     admission: Admission = granted(kind=kind, tokens=150, prompt_tokens=100).about
     reservation = Charged()
@@ -61,7 +61,12 @@ def measure(
             outcome.body_bytes += len(part)
     meter.on_end(outcome, complete)
     (charged,) = reservation.tokens
-    return charged, admission.used
+    return outcome, charged, admission.used
+
+
+def measure(*parts: bytes, **how: Any) -> tuple[int, Tokens | None]:
+    """What is charged, and billed."""
+    return measured(*parts, **how)[1:]
 
 
 def event(**fields: Any) -> bytes:
@@ -145,6 +150,29 @@ class TestStreams:
         )
         assert charged == 110
         assert used is not None
+
+    @pytest.mark.parametrize("left", [None, "cancelled"])
+    def test_one_that_ends_with_an_error_says_so_and_takes_what_came(
+        self, left: str | None
+    ) -> None:
+        error = {"message": 'a "code":"x"', "param": None, "code": "engine_crashed"}
+        last = event(error=error)
+        outcome, charged, used = measured(*([TEXT] * 12), last, fields=EVENTS, error=left)
+        assert outcome.error == "engine_crashed"
+        assert charged == 111
+        assert used is not None
+        assert used.guessed
+
+    def test_an_error_without_a_code_is_one(self) -> None:
+        outcome, _, _ = measured(TEXT, event(error="The model failed."), fields=EVENTS)
+        assert outcome.error == "upstream_failed"
+        told, _, _ = measured(TEXT, event(error="x"), fields=EVENTS, error="deadline_exceeded")
+        assert told.error == "deadline_exceeded", "whoever cut it knows better"
+
+    def test_text_about_errors_is_none(self) -> None:
+        text = event(choices=[{"delta": {"content": 'data: {"error":{"code":"x"}}'}}])
+        assert measured(text, DONE, fields=EVENTS)[0].error is None
+        assert measured(b'{"error":{"code":"x"}}')[0].error is None
 
 
 class TestNoAnswer:

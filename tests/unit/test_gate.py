@@ -329,6 +329,9 @@ class TestClaims:
             )
 
 
+EVENTS = [(b"content-type", b"text/event-stream")]
+
+
 class TestSuspects:
     def test_a_body_that_killed_twice_is_refused_and_one_that_killed_once_is_tried(self) -> None:
         suspects = Suspects()
@@ -341,19 +344,51 @@ class TestSuspects:
         assert refused(gate, request_of({"poison": 1})) == "request_quarantined"
         assert about(let_in(gate, harmless)).trial is None
 
-    def test_a_crash_of_the_engine_is_read_in_the_answer(self) -> None:
+    @pytest.mark.parametrize(
+        ("status", "fields", "body"),
+        [
+            (500, [(b"x-nearfield-error-code", b"engine_crashed")], b'{"error":"It died."}'),
+            (200, EVENTS, b'data: {"error":{"message":"x","code":"engine_crashed"}}\n\n'),
+            (200, EVENTS, b'data: {"error":"x","code":"engine_crashed"}\n\n'),
+        ],
+    )
+    def test_a_crash_of_the_engine_is_read_in_the_answer(
+        self, status: int, fields: list[tuple[bytes, bytes]], body: bytes
+    ) -> None:
         suspects = Suspects()
         gate = gate_of(suspects=suspects)
         for times in range(2):
             request = request_of({"poison": 1})
             tap = let_in(gate, request).tap
             assert tap is not None
-            tap.on_head(500, [(b"content-type", b"application/json")])
-            tap.on_data(b'{"error":{"message":"x","type":"server_error",')
-            tap.on_data(b'"param":null,"code":"engine_crashed"}}')
+            tap.on_head(status, fields)
+            tap.on_data(body)
             tap.on_end(Outcome(request), True)
             assert suspects.any
             assert (suspects.convicted(request) is not None) == (times == 1)
+
+    @pytest.mark.parametrize(
+        ("status", "fields", "body"),
+        [
+            (500, [(b"x-nearfield-error-code", b"engine_failed")], b'{"error":"engine_crashed"}'),
+            (500, [], b'{"error":{"code":"engine_failed"}}'),
+            (200, EVENTS, b'data: {"error":{"code":"deadline_exceeded"}}\n\n'),
+        ],
+    )
+    def test_another_error_neither_blames_nor_absolves(
+        self, status: int, fields: list[tuple[bytes, bytes]], body: bytes
+    ) -> None:
+        suspects = Suspects()
+        gate = gate_of(suspects=suspects)
+        suspects.crashed(request_of({"poison": 1}))
+        request = request_of({"poison": 1})
+        tap = let_in(gate, request).tap
+        assert tap is not None
+        tap.on_head(status, fields)
+        tap.on_data(body)
+        tap.on_end(Outcome(request), True)
+        assert suspects.any
+        assert suspects.convicted(request) is None
 
     def test_an_answer_absolves(self) -> None:
         suspects = Suspects()

@@ -16,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from nearfield.api.error_bodies import code_header
 from nearfield.core.errors import (
     BadRequest,
     Cancelled,
@@ -208,7 +209,7 @@ class Exchange:
                     await self.end_stream(self._stream_error(error))
         if self.started:
             return
-        headers: list[Header] = []
+        headers: list[Header] = code_header(error)
         if error.retry_after_s is not None:
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
         if error.status == Unauthenticated.status:
@@ -337,7 +338,9 @@ class Endpoint:
         )
         exchange.record.error = error.code
         await exchange.answer(
-            self._errors(error), status=405, headers=[(b"allow", allowed.encode())]
+            self._errors(error),
+            status=405,
+            headers=[(b"allow", allowed.encode()), *code_header(error)],
         )
 
     def _deadline_s(self, exchange: Exchange) -> float:

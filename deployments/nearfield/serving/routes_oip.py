@@ -148,7 +148,7 @@ class OIPRoutes:
                 async for events in answer:
                     if not opened:
                         opened = True
-                        await exchange.open_stream(lambda error: _event(render_error(error)))
+                        await exchange.open_stream(_last_event)
                     texts = [e.text for _, e in events if isinstance(e, Text) and e.text]
                     if texts:
                         said = (self._generated(text, identity) for text in texts)
@@ -207,6 +207,10 @@ def _header_length(exchange: Exchange) -> int | None:
 
 def _event(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
+
+
+def _last_event(error: NearfieldError) -> bytes:
+    return _event(openai.dump(oip.error_event(error)))
 
 
 async def _state(exchange: Exchange, name: str, *, good: bool) -> None:

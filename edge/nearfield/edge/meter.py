@@ -6,12 +6,16 @@ the events are counted: each brings at least one token of text, seldom more, so 
 lower bound that misses a few per cent. The prompt is then taken for a token per four bytes of the
 request, framing included, which is more than it is. Such a sum is marked as guessed.
 
-What is charged against quotas:
+What is charged against quotas; the first of it is billed, too:
 
-    an answer, whole or cut short         what it took, as above
+    an answer, whole or cut short         what it took, as above: of a stream that broke off, its
+                                          prompt and what had come
     an error of the model or the region   nothing
     none, since the caller gave up        the prompt, if it had been sent: it may have been computed
     none, since nobody took it            nothing
+
+A stream that ends with an error event has failed although its head said 200: the outcome is told
+so, by the code that stands in the event.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from nearfield.api.error_bodies import ERROR_CODE
+from nearfield.core.errors import EngineFailed
 from nearfield.edge.decisions import Admission, Tokens
 from nearfield.edge.proxy.ports import NEVER_SENT, Fields, Outcome, Request
 from nearfield.edge.suspects import Suspects
@@ -31,6 +37,8 @@ TAIL_BYTES: Final = 4096
 OTHER_EVENTS: Final = 2
 """Of a stream, those that bring no text: the one with the reason of the end, and `[DONE]`."""
 
+_UNTOLD: Final = b"upstream_failed"
+"""What a broken stream failed of whose last event does not say."""
 _USAGE: Final = b'"usage":{'
 """As our replicas write it. Inside a text its quotes would be escaped."""
 _NAME: Final = b'"usage"'
@@ -40,8 +48,10 @@ _INPUT, _CACHED, _OUTPUT = (
     for name in (b"prompt_tokens", b"cached_tokens", b"completion_tokens")
 )
 """Larger is no number of tokens."""
-_CRASHED: Final = b'"engine_crashed"'
+_CRASHED: Final = b"engine_crashed"
 _BROKEN: Final = b'data: {"error"'
+_CODE: Final = re.compile(rb'"code"\s*:\s*"([a-z0-9_]{1,64})"')
+"""Of an error. Inside its message the quotes would be escaped."""
 
 
 class Meter:
@@ -53,7 +63,7 @@ class Meter:
 
     __slots__ = (
         "_admission", "_events", "_is_stream", "_legible", "_request", "_reservation",
-        "_suspects", "_tail", "_usage", "status",
+        "_suspects", "_tail", "_told", "_usage", "status",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +83,7 @@ class Meter:
         self._events = 0
         self._usage = b""  # the event that has it
         self._tail = b""  # of a stream: what came last
+        self._told = b""  # the code of an error
 
     def on_head(self, status: int, fields: Fields) -> None:
         self.status = status
@@ -81,6 +92,8 @@ class Meter:
                 self._is_stream = value.startswith(b"text/event-stream")
             elif name == b"content-encoding":
                 self._legible = False
+        if status == EngineFailed.status:
+            self._told = dict(fields).get(ERROR_CODE, b"")
 
     def on_data(self, data: bytes) -> None:
         if self._is_stream:  # in whole events
@@ -95,6 +108,12 @@ class Meter:
 
     def on_end(self, outcome: Outcome, complete: bool) -> None:
         try:
+            if self.broken:
+                said = _CODE.search(self._tail, self._tail.rfind(_BROKEN))
+                self._told = said[1] if said is not None else _UNTOLD
+                # Whoever leaves once the error has come does not undo it.
+                if outcome.error in (None, "cancelled"):
+                    outcome.error = self._told.decode("ascii")
             self._judge(complete)
         finally:
             self._reservation.settle(self._charge(outcome))
@@ -106,10 +125,9 @@ class Meter:
 
     def _judge(self, complete: bool) -> None:
         """Whether the body is one that kills."""
-        if self.status == 500 or self.broken:
-            if self._legible and _CRASHED in self._tail[-TAIL_BYTES:]:
-                self._suspects.crashed(self._request)
-        elif complete and 0 < self.status < 500 and self._suspects.any:
+        if self._told == _CRASHED:
+            self._suspects.crashed(self._request)
+        elif complete and not self._told and 0 < self.status < 500 and self._suspects.any:
             self._suspects.answered(self._request)
 
     def _charge(self, outcome: Outcome) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from nearfield.api.error_bodies import oip_error as error_body
+from nearfield.api.error_bodies import oip_error_event as error_event
 from nearfield.api.events import (
     Embedded,
     EmbedRequest,
@@ -56,6 +57,7 @@ __all__ = [
     "embedded_to_inferred",
     "embedding_outputs",
     "error_body",
+    "error_event",
     "model_metadata",
     "parse_generate",
     "parse_infer",

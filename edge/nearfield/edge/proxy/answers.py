@@ -8,7 +8,7 @@ import time
 from email.utils import formatdate
 
 import msgspec
-from nearfield.api.error_bodies import oip_error, openai_error
+from nearfield.api.error_bodies import code_header, oip_error, oip_error_event, openai_error
 from nearfield.core.errors import NearfieldError
 from nearfield.edge.proxy.ports import Answer, Dialect, Fields
 
@@ -28,9 +28,14 @@ def error_bytes(error: NearfieldError, dialect: Dialect) -> bytes:
     return _encode(oip_error(error) if dialect == "oip" else openai_error(error))
 
 
+def last_words(error: NearfieldError, dialect: Dialect) -> bytes:
+    """The event that ends a stream."""
+    return _encode(oip_error_event(error) if dialect == "oip" else openai_error(error))
+
+
 def refusal(error: NearfieldError, dialect: Dialect) -> Answer:
     """The error as a complete answer."""
-    headers: list[tuple[bytes, bytes]] = []
+    headers = code_header(error)
     if error.retry_after_s is not None:
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
     if error.status == 401:

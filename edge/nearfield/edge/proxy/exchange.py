@@ -25,7 +25,7 @@ from nearfield.core.errors import (
     UpstreamFailed,
 )
 from nearfield.edge.proxy import facts
-from nearfield.edge.proxy.answers import error_bytes, refusal
+from nearfield.edge.proxy.answers import last_words, refusal
 from nearfield.edge.proxy.attempt import Try
 from nearfield.edge.proxy.events import EventStream
 from nearfield.edge.proxy.ports import (
@@ -445,7 +445,7 @@ class Exchange:
         self.outcome.error = error.code or error.type
         words = None
         if self._events is not None:
-            words = self._events.last_words(error_bytes(error, self.request.dialect))
+            words = self._events.last_words(last_words(error, self.request.dialect))
         if words is None:
             self._client.abort()
         else:

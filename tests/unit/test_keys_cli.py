@@ -252,19 +252,20 @@ def test_usage_is_summed(shell: Shell) -> None:
     store.ledger.append(
         [
             Usage(
-                f"r{n}", "acme", None, "k", model, "1", "eu", "e", "chat", "ok", 10, 1, 5, 1e9, 0.5
+                f"r{n}", "acme", None, "k", model, "1", "eu", "e", "chat", "ok", 10, 1, 5, 1e9, 0.5,
+                model == "embed",
             )
             for n, model in enumerate(["chat", "chat", "embed"])
         ]
-    )
+    )  # fmt: skip
     store.close()
     assert shell("usage").splitlines()[1].split() == ["acme", "chat", "2", "20", "2", "10", "1.0"]
     told = shell.json("usage", "--by", "product", "--tenant", "acme", "--since", "2001-09-09")
     assert told == {
         "by": ["product"],
         "usage": [
-            {"product": None, "requests": 3, "input_tokens": 30, "cached_tokens": 3,
-             "output_tokens": 15, "duration_s": 1.5},
+            {"product": None, "requests": 3, "guessed_requests": 1, "input_tokens": 30,
+             "cached_tokens": 3, "output_tokens": 15, "duration_s": 1.5},
         ],
     }  # fmt: skip
     assert "Nothing was used" in shell("usage", "--until", "2001-09-09")

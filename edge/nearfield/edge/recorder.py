@@ -378,6 +378,7 @@ class GatewayRecorder:
                 output_tokens=0 if used is None else used.output,
                 started_s=entry.at_s,
                 duration_s=entry.ended_s - entry.started_s,
+                guessed=used is not None and used.guessed,
             )
         )
 

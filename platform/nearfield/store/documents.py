@@ -63,6 +63,7 @@ def usage_document(total: UsageTotal, by: Sequence[GroupBy]) -> Document:
     return {
         **dict(zip(by, total.group, strict=True)),
         "requests": total.requests,
+        "guessed_requests": total.guessed_requests,
         "input_tokens": total.input_tokens,
         "cached_tokens": total.cached_tokens,
         "output_tokens": total.output_tokens,

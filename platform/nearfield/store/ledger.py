@@ -9,7 +9,7 @@ import msgspec
 from nearfield.store.database import Database
 from nearfield.store.ports import GroupBy, Usage, UsageTotal
 from nearfield.store.schema import usage
-from sqlalchemy import ColumnElement, Text, cast, func, select
+from sqlalchemy import ColumnElement, Text, case, cast, func, select
 
 RECORDS_AT_ONCE = 1000
 _DAY_S = 86400
@@ -57,11 +57,14 @@ class SqlLedger:
         tenant: str | None = None,
         since_s: float | None = None,
         until_s: float | None = None,
+        skip: int = 0,
+        limit: int | None = None,
     ) -> list[UsageTotal]:
         groups = [self._day() if name == "day" else _COLUMNS[name] for name in by]
         query = select(
             *groups,
             func.count().label("requests"),
+            func.sum(case((usage.c.guessed, 1), else_=0)).label("guessed_requests"),
             func.sum(usage.c.input_tokens).label("input_tokens"),
             func.sum(usage.c.cached_tokens).label("cached_tokens"),
             func.sum(usage.c.output_tokens).label("output_tokens"),
@@ -74,13 +77,14 @@ class SqlLedger:
         if until_s is not None:
             query = query.where(usage.c.started_s < until_s)
         if groups:
-            query = query.group_by(*groups).order_by(*groups)
+            query = query.group_by(*groups).order_by(*groups).offset(skip).limit(limit)
         with self._database.reading() as connection:
             rows = connection.execute(query).all()
         return [
             UsageTotal(
                 tuple(row[: len(groups)]),
                 row.requests,
+                int(row.guessed_requests),
                 int(row.input_tokens),
                 int(row.cached_tokens),
                 int(row.output_tokens),

@@ -85,7 +85,15 @@ _USAGE_IS_APPEND_ONLY: Final = {
     """,
 }
 
-MIGRATIONS: tuple[str | Mapping[str, str], ...] = (_FIRST, _USAGE_IS_APPEND_ONLY)
+_USAGE_MAY_BE_GUESSED: Final = """
+ALTER TABLE usage ADD COLUMN guessed BOOLEAN NOT NULL DEFAULT FALSE;
+"""
+
+MIGRATIONS: tuple[str | Mapping[str, str], ...] = (
+    _FIRST,
+    _USAGE_IS_APPEND_ONLY,
+    _USAGE_MAY_BE_GUESSED,
+)
 _BINARY = {"sqlite": "BLOB", "postgresql": "BYTEA"}
 
 

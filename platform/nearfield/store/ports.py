@@ -30,8 +30,8 @@ class Directory(Protocol):
             NotFound: there is none.
         """
 
-    def tenants(self) -> list[Tenant]:
-        """All, by name."""
+    def tenants(self, *, after: str | None = None, limit: int | None = None) -> list[Tenant]:
+        """By name: those beyond the name `after`, `limit` of them at most."""
 
     def add_tenant(self, tenant: Tenant) -> None:
         """
@@ -52,8 +52,10 @@ class Directory(Protocol):
             NotFound: there is none.
         """
 
-    def products(self, tenant: str | None = None) -> list[Product]:
-        """A tenant's, or all, by name."""
+    def products(
+        self, tenant: str | None = None, *, after: str | None = None, limit: int | None = None
+    ) -> list[Product]:
+        """A tenant's by name, likewise; or all, by tenant."""
 
     def add_product(self, product: Product) -> None:
         """
@@ -76,8 +78,14 @@ class Directory(Protocol):
             NotFound: there is none.
         """
 
-    def keys(self, tenant: str | None = None) -> list[Key]:
-        """A tenant's, or all, oldest first."""
+    def keys(
+        self, tenant: str | None = None, *, after: str | None = None, limit: int | None = None
+    ) -> list[Key]:
+        """A tenant's, or all, oldest first; those that come after the key with the id `after`.
+
+        Raises:
+            NotFound: there is no such key among them.
+        """
 
     def add_key(self, key: Key) -> None:
         """
@@ -118,6 +126,7 @@ class Usage(msgspec.Struct, frozen=True):
     Attributes:
         record_id: names the request: another record of that name is the same one, and not kept.
         outcome: `ok`, or the code of the error. What was cut short was still used.
+        guessed: the answer did not tell its tokens: they are estimated.
     """
 
     record_id: str
@@ -135,6 +144,7 @@ class Usage(msgspec.Struct, frozen=True):
     output_tokens: int
     started_s: float
     duration_s: float
+    guessed: bool = False
 
 
 GroupBy = Literal["tenant", "product", "key", "model", "region", "endpoint", "outcome", "day"]
@@ -142,10 +152,16 @@ GroupBy = Literal["tenant", "product", "key", "model", "region", "endpoint", "ou
 
 @dataclass(frozen=True, slots=True)
 class UsageTotal:
-    """The sum over records that are alike. `group`: the values of what it is grouped by."""
+    """The sum over records that are alike.
+
+    Attributes:
+        group: the values of what it is grouped by.
+        guessed_requests: those whose tokens are estimated.
+    """
 
     group: tuple[str | None, ...]
     requests: int
+    guessed_requests: int
     input_tokens: int
     cached_tokens: int
     output_tokens: int
@@ -165,8 +181,11 @@ class Ledger(Protocol):
         tenant: str | None = None,
         since_s: float | None = None,
         until_s: float | None = None,
+        skip: int = 0,
+        limit: int | None = None,
     ) -> list[UsageTotal]:
-        """Sums over requests that started in [since, until), ordered by group."""
+        """Sums over requests that started in [since, until), ordered by group: all but the first
+        `skip`, `limit` of them at most."""
 
 
 @dataclass(frozen=True, slots=True)

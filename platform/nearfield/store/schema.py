@@ -129,6 +129,7 @@ usage = Table(
     Column("output_tokens", BigInteger, nullable=False),
     Column("started_s", Double, nullable=False),
     Column("duration_s", Double, nullable=False),
+    Column("guessed", Boolean, nullable=False),
     Index("usage_by_tenant", "tenant", "started_s"),
     Index("usage_by_start", "started_s"),
 )

@@ -35,7 +35,8 @@ def usage(
     nearfield usage --by tenant --json | jq '.usage[] | {tenant, output_tokens}'
 
     A request counts with the moment it arrived. What was cut short is in it; what was refused
-    before it reached a model is not.
+    before it reached a model is not. --json tells also of how many requests the answer did not
+    tell its tokens, so that they are estimated.
     """
     with opened(url) as store:
         from nearfield.store.documents import usage_document

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
+import msgspec
 import pytest
 from nearfield.api.keys import Key, Product, Snapshot, Tenant
 from nearfield.core.errors import Conflict, NotFound, Unavailable
@@ -182,6 +183,28 @@ def test_keys(store: Store) -> None:
         directory.add_key(key("k3", product="app"))
     with pytest.raises(NotFound, match="no key 'k9'"):
         directory.key("k9")
+
+
+def test_lists_come_in_pages(store: Store) -> None:
+    directory = store.directory
+    names = [f"t{n}" for n in range(5)]
+    for name in reversed(names):
+        directory.add_tenant(Tenant(name))
+        directory.add_product(Product("t4", name))
+    for n in range(6):  # two of one moment each
+        directory.add_key(key(f"k{n}", tenant=f"t{n % 2}", created_s=float(n // 2)))
+    directory.add_key(key("a9", tenant="t0", created_s=99.125))
+    assert [t.name for t in directory.tenants(after="t1", limit=2)] == ["t2", "t3"]
+    assert [p.name for p in directory.products("t4", after="t3")] == ["t4"]
+    assert [p.name for p in directory.products("t4", limit=1)] == ["t0"]
+    ids = [each.id for each in directory.keys(None)]
+    assert ids == ["k0", "k1", "k2", "k3", "k4", "k5", "a9"]
+    for at, after in enumerate(ids):
+        assert [k.id for k in directory.keys(after=after, limit=2)] == ids[at + 1 : at + 3]
+    assert [k.id for k in directory.keys("t0", after="k2")] == ["k4", "a9"]
+    for tenant, after in ((None, "k9"), ("t0", "k1")):
+        with pytest.raises(NotFound, match=f"no key '{after}'"):
+            directory.keys(tenant, after=after)
 
 
 def test_keys_are_rotated_and_revoked(store: Store) -> None:
@@ -423,6 +446,40 @@ def test_usage_is_summed_by_what_one_asks(store: Store) -> None:
     assert totals([], tenant="acme")[0].output_tokens == 5 + 2**40
     for name in ("key", "region", "endpoint", "outcome"):
         assert totals([name])  # type: ignore[list-item]
+
+
+def test_estimated_tokens_are_told_from_counted_ones(store: Store) -> None:
+    store.ledger.append([usage("a"), usage("b", guessed=True), usage("c", tenant="zeta")])
+    totals = store.ledger.totals(["tenant"])
+    assert [(t.group, t.requests, t.guessed_requests) for t in totals] == [
+        (("acme",), 2, 1), (("zeta",), 1, 0)
+    ]  # fmt: skip
+
+
+def test_records_of_before_count_as_told(url: str) -> None:
+    database = Database(url)
+    database._ready = True  # as an older program left it
+    record = msgspec.structs.asdict(usage("old"))
+    del record["guessed"]
+    names, marks = ", ".join(record), ", ".join(f":{name}" for name in record)
+    with database.writing() as connection:
+        migrations.migrate(connection, migrations.MIGRATIONS[:2])
+        connection.execute(text(f"INSERT INTO usage ({names}) VALUES ({marks})"), record)
+    database.close()
+    store = Store(url)
+    store.ledger.append([usage("new", guessed=True), usage("old", guessed=True)])
+    (total,) = store.ledger.totals([])
+    assert (total.requests, total.guessed_requests) == (2, 1)
+    store.close()
+
+
+def test_sums_come_in_pages(store: Store) -> None:
+    store.ledger.append([usage(f"r{n}", model=f"m{n % 5}", product=None) for n in range(9)])
+    whole = store.ledger.totals(["model", "product"])
+    assert len(whole) == 5
+    assert store.ledger.totals(["model", "product"], skip=3, limit=9) == whole[3:]
+    assert store.ledger.totals(["model", "product"], limit=2) == whole[:2]
+    assert store.ledger.totals(["model", "product"], skip=5) == []
 
 
 @pytest.mark.parametrize("statement", ["UPDATE usage SET output_tokens = 0", "DELETE FROM usage"])

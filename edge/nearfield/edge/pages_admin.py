@@ -77,6 +77,7 @@ MOST_AT_ONCE: Final = 32
 
 _SECRET_FIELDS: Final = ((b"cache-control", b"no-store"),)
 _NAME: Final = r"([A-Za-z0-9._-]{1,128})"
+_A_NAME: Final = re.compile(_NAME)
 _encode = msgspec.json.Encoder().encode
 
 Routes: TypeAlias = "dict[tuple[str, str], Page]"
@@ -250,8 +251,11 @@ class AdminPages:
 
     def _tenants(self, call: _Call) -> tuple[int, Document]:
         call.only("limit", "after")
-        own = call.tenant
-        found = self._store.tenants() if own is None else [self._store.tenant(own)]
+        limit, after, own = _limit(call), _after(call), call.tenant
+        if own is None:
+            found = self._store.tenants(after=after, limit=limit + 1)
+        else:
+            found = [self._store.tenant(own)] if after is None or own > after else []
         return 200, _listed(call, [tenant_document(tenant) for tenant in found], "name")
 
     def _create_tenant(self, call: _Call) -> tuple[int, Document]:
@@ -274,8 +278,9 @@ class AdminPages:
         (tenant,) = call.names
         call.require_tenant(tenant)
         self._store.tenant(tenant)
-        found = [product_document(product) for product in self._store.products(tenant)]
-        return 200, _listed(call, found, "name")
+        after, limit = _after(call), _limit(call)
+        found = self._store.products(tenant, after=after, limit=limit + 1)
+        return 200, _listed(call, [product_document(product) for product in found], "name")
 
     def _create_product(self, call: _Call) -> tuple[int, Document]:
         (tenant,) = call.names
@@ -298,9 +303,12 @@ class AdminPages:
     def _all_keys(self, call: _Call) -> tuple[int, Document]:
         call.only("limit", "after", "tenant")
         tenant = self._asked_tenant(call)
-        now_s = time.time()
-        found = [key_document(key, now_s) for key in self._store.keys(tenant)]
-        return 200, _listed(call, found, "id")
+        after, limit, now_s = _after(call), _limit(call), time.time()
+        try:
+            found = self._store.keys(tenant, after=after, limit=limit + 1)
+        except NotFound:
+            raise _bad_after(call) from None
+        return 200, _listed(call, [key_document(key, now_s) for key in found], "id")
 
     def _create_key(self, call: _Call) -> tuple[int, Document]:
         form = call.form(NewKey)
@@ -338,6 +346,8 @@ class AdminPages:
         if tenant is None:
             return call.tenant
         call.require_tenant(tenant)
+        if _A_NAME.fullmatch(tenant) is None:
+            raise _missing("tenant", tenant[:60])
         self._store.tenant(tenant)
         return tenant
 
@@ -350,9 +360,13 @@ class AdminPages:
         since_s = None if since is None else moment_s(since, "since")
         until_s = None if until is None else moment_s(until, "until")
         tenant = self._asked_tenant(call)
-        totals = self._store.usage(by, tenant=tenant, since_s=since_s, until_s=until_s)
+        skip, limit = _rows_before(call), _limit(call)
+        totals = self._store.usage(
+            by, tenant=tenant, since_s=since_s, until_s=until_s, skip=skip, limit=limit + 1
+        )
         rows = [
-            {"row": str(number), **usage_document(total, by)} for number, total in enumerate(totals)
+            {"row": str(number), **usage_document(total, by)}
+            for number, total in enumerate(totals, skip)
         ]
         return 200, _listed(call, rows, "row")
 
@@ -482,21 +496,47 @@ def _limit(call: _Call) -> int:
     return int(text)
 
 
-def _listed(call: _Call, documents: Sequence[Document], identity: str) -> Document:
-    """A page of a list, as OpenAI's clients know them: go on with `after` its `last_id`."""
-    limit, after, start = _limit(call), call.query.get("after"), 0
-    if after is not None:
-        ids = [document[identity] for document in documents]
-        if after not in ids:
-            raise BadRequest(
-                f"after is {after[:60]!r}: send the last_id of the page before.", param="after"
-            )
-        start = ids.index(after) + 1
-    shown = documents[start : start + limit]
+def _after(call: _Call) -> str | None:
+    """What a page comes after.
+
+    Raises:
+        BadRequest: it can be nothing's name.
+    """
+    after = call.query.get("after")
+    if after is not None and _A_NAME.fullmatch(after) is None:
+        raise _bad_after(call)
+    return after
+
+
+def _rows_before(call: _Call) -> int:
+    """Of a list whose rows are numbered: how many stand before this page."""
+    after = _after(call)
+    if after is None:
+        return 0
+    if not after.isdigit() or len(after) > 9:
+        raise _bad_after(call)
+    return int(after) + 1
+
+
+def _bad_after(call: _Call) -> BadRequest:
+    after = call.query["after"]
+    return BadRequest(
+        f"after is {after[:60]!r}: send the last_id of the page before.", param="after"
+    )
+
+
+def _listed(call: _Call, found: Sequence[Document], identity: str) -> Document:
+    """A page of a list, as OpenAI's clients know them: go on with `after` its `last_id`.
+
+    Args:
+        found: what comes after `after`, up to one more than the page holds.
+    """
+    limit = _limit(call)
+    shown = found[:limit]
     return {
         "object": "list",
         "data": shown,
-        "has_more": start + limit < len(documents),
+        "has_more": len(found) > limit,
         "last_id": shown[-1][identity] if shown else None,
     }
 

@@ -75,8 +75,9 @@ class Administration:
         self._directory.add_tenant(tenant)
         return tenant
 
-    def tenants(self) -> list[Tenant]:
-        return self._directory.tenants()
+    def tenants(self, *, after: str | None = None, limit: int | None = None) -> list[Tenant]:
+        """See `ports.Directory`, here and below."""
+        return self._directory.tenants(after=after, limit=limit)
 
     def tenant(self, name: str) -> Tenant:
         """
@@ -106,8 +107,10 @@ class Administration:
         self._directory.add_product(product)
         return product
 
-    def products(self, tenant: str | None = None) -> list[Product]:
-        return self._directory.products(tenant)
+    def products(
+        self, tenant: str | None = None, *, after: str | None = None, limit: int | None = None
+    ) -> list[Product]:
+        return self._directory.products(tenant, after=after, limit=limit)
 
     def product(self, tenant: str, name: str) -> Product:
         """
@@ -151,8 +154,14 @@ class Administration:
         self._directory.add_key(key)
         return key, presented
 
-    def keys(self, tenant: str | None = None) -> list[Key]:
-        return self._directory.keys(tenant)
+    def keys(
+        self, tenant: str | None = None, *, after: str | None = None, limit: int | None = None
+    ) -> list[Key]:
+        """
+        Raises:
+            NotFound: there is no key `after` among them.
+        """
+        return self._directory.keys(tenant, after=after, limit=limit)
 
     def key(self, key_id: str) -> Key:
         """
@@ -208,9 +217,13 @@ class Administration:
         tenant: str | None = None,
         since_s: float | None = None,
         until_s: float | None = None,
+        skip: int = 0,
+        limit: int | None = None,
     ) -> list[UsageTotal]:
         """Sums of usage records; see `ports.Ledger`."""
-        return self._ledger.totals(by, tenant=tenant, since_s=since_s, until_s=until_s)
+        return self._ledger.totals(
+            by, tenant=tenant, since_s=since_s, until_s=until_s, skip=skip, limit=limit
+        )
 
 
 def _names(names: Sequence[str] | None) -> frozenset[str] | None:

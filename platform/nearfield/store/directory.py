@@ -21,7 +21,18 @@ from nearfield.policy.quota import Limits
 from nearfield.store import schema
 from nearfield.store.database import Database
 from nearfield.store.schema import keys, limits, products, revisions, tenants
-from sqlalchemy import ColumnElement, Connection, Row, Select, exc, literal, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    and_,
+    exc,
+    literal,
+    or_,
+    select,
+    update,
+)
 
 _LIMITS = (
     limits.c.requests_per_minute,
@@ -76,9 +87,10 @@ class SqlDirectory:
         with self._database.reading() as connection:
             return _tenant(_one(connection, _TENANTS.where(tenants.c.name == name), "tenant", name))
 
-    def tenants(self) -> list[Tenant]:
+    def tenants(self, *, after: str | None = None, limit: int | None = None) -> list[Tenant]:
+        query = _beyond(_TENANTS, tenants.c.name, after).order_by(tenants.c.name).limit(limit)
         with self._database.reading() as connection:
-            return [_tenant(row) for row in _all(connection, _TENANTS.order_by(tenants.c.name))]
+            return [_tenant(row) for row in _all(connection, query)]
 
     def add_tenant(self, tenant: Tenant) -> None:
         with self._database.writing() as connection:
@@ -106,9 +118,11 @@ class SqlDirectory:
         with self._database.reading() as connection:
             return _product(_one(connection, query, "product", f"{tenant}/{name}"))
 
-    def products(self, tenant: str | None = None) -> list[Product]:
-        query = _of_tenant(_PRODUCTS, products.c.tenant, tenant)
-        ordered = query.order_by(products.c.tenant, products.c.name)
+    def products(
+        self, tenant: str | None = None, *, after: str | None = None, limit: int | None = None
+    ) -> list[Product]:
+        query = _beyond(_of_tenant(_PRODUCTS, products.c.tenant, tenant), products.c.name, after)
+        ordered = query.order_by(products.c.tenant, products.c.name).limit(limit)
         with self._database.reading() as connection:
             return [_product(row) for row in _all(connection, ordered)]
 
@@ -146,10 +160,17 @@ class SqlDirectory:
         with self._database.reading() as connection:
             return _read_key(connection, key_id)
 
-    def keys(self, tenant: str | None = None) -> list[Key]:
+    def keys(
+        self, tenant: str | None = None, *, after: str | None = None, limit: int | None = None
+    ) -> list[Key]:
         query = _of_tenant(_KEYS, keys.c.tenant, tenant)
         with self._database.reading() as connection:
-            rows = _all(connection, query.order_by(keys.c.created_s, keys.c.id))
+            if after is not None:
+                made = _of_tenant(select(keys.c.created_s), keys.c.tenant, tenant)
+                made_s = _one(connection, made.where(keys.c.id == after), "key", after).created_s
+                at_once = and_(keys.c.created_s == made_s, keys.c.id > after)
+                query = query.where(or_(keys.c.created_s > made_s, at_once))
+            rows = _all(connection, query.order_by(keys.c.created_s, keys.c.id).limit(limit))
             return [_key(row) for row in rows]
 
     def add_key(self, key: Key) -> None:
@@ -224,6 +245,10 @@ def _one(connection: Connection, query: Select[Any], what: str, name: str) -> Ro
 
 def _of_tenant(query: Select[Any], column: ColumnElement[str], tenant: str | None) -> Select[Any]:
     return query if tenant is None else query.where(column == tenant)
+
+
+def _beyond(query: Select[Any], column: ColumnElement[str], after: str | None) -> Select[Any]:
+    return query if after is None else query.where(column > after)
 
 
 def _require_tenant(connection: Connection, name: str) -> None:

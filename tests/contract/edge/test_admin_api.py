@@ -18,11 +18,18 @@ import httpx
 import pytest
 import pytest_asyncio
 from nearfield.core.errors import NearfieldError, Unavailable
-from nearfield.edge.pages_admin import MOST_AT_ONCE, AdminPages, Routes, metrics_routes
+from nearfield.edge.pages_admin import (
+    MOST_AT_ONCE,
+    PAGE_ITEMS,
+    AdminPages,
+    Routes,
+    metrics_routes,
+)
 from nearfield.edge.proxy.ports import Page, Request
 from nearfield.edge.recent import Entry, Tried
 from nearfield.edge.recorder import GatewayRecorder
 from nearfield.policy.explain import Explanation
+from nearfield.store.forms import NewProduct, parse
 from nearfield.store.ports import Usage
 
 from tests.support.accounts import Accounts, accounts
@@ -242,30 +249,91 @@ class TestKeys:
         own = {"tenant": "acme", "scopes": ["admin"]}
         assert (await admin.ok("admin", "POST", "/keys", own))["scopes"] == ["admin"]
 
-    async def test_lists_come_in_pages(self, admin: Admin) -> None:
-        whole = await admin.ok("platform", "GET", "/keys?tenant=acme")
-        assert len(whole["data"]) == 7
+
+def usage(number: int, tenant: str, model: str, at_s: float = 1e9, *, region: str = "eu") -> Usage:
+    """Of one request; of the first the tokens are guessed."""
+    return Usage(
+        f"r{number}", tenant, None, "k", model, "1", region, "eu/chat@1/x", "chat", "ok",
+        10, 2, 5, at_s, 0.5, guessed=number == 0,
+    )  # fmt: skip
+
+
+class TestPages:
+    @pytest.mark.parametrize(
+        ("path", "identity", "count"),
+        [
+            ("/tenants", "name", 4),
+            ("/tenants/acme/products", "name", 4),
+            ("/keys?tenant=acme", "id", 7),
+            ("/keys", "id", 12),
+            ("/usage?by=model,region", "row", 6),
+        ],
+    )
+    async def test_lists_come_in_pages(
+        self, known: Accounts, admin: Admin, path: str, identity: str, count: int
+    ) -> None:
+        for number in range(3):
+            made = parse(NewProduct, {"name": f"p{number}"})
+            known.administration.create_product("acme", made)
+        known.store.ledger.append(
+            [usage(n, "acme", f"m{n % 3}", region=f"eu-{n % 2}") for n in range(12)]
+        )
+        whole = await admin.ok("platform", "GET", path)
+        path += "&" if "?" in path else "?"
+        assert len(whole["data"]) == count
         assert not whole["has_more"]
-        ids, after = [], ""
-        for _ in range(10):
-            page = await admin.ok("platform", "GET", f"/keys?tenant=acme&limit=3{after}")
-            ids += [one["id"] for one in page["data"]]
-            if not page["has_more"]:
-                break
-            after = f"&after={page['last_id']}"
-        assert ids == [one["id"] for one in whole["data"]]
-        assert (await admin.refused("platform", "GET", "/keys?after=none"))[::2] == (400, "after")
+        for limit in (1, 3, count):
+            found, after = [], ""
+            for _ in range(count):
+                page = await admin.ok("platform", "GET", f"{path}limit={limit}{after}")
+                assert len(page["data"]) <= limit
+                found += page["data"]
+                if not page["has_more"]:
+                    break
+                after = f"&after={page['last_id']}"
+            assert found == whole["data"]
+            beyond = await admin.ok("platform", "GET", f"{path}after={whole['last_id']}")
+            assert (beyond["data"], beyond["has_more"], beyond["last_id"]) == ([], False, None)
+        assert {identity} <= found[0].keys()
+
+    async def test_the_store_reads_no_more_than_the_page(self, known: Accounts) -> None:
+        asked: list[dict[str, Any]] = []
+
+        class Watched:
+            def __getattr__(self, name: str) -> Any:
+                def call(*given: Any, **how: Any) -> Any:
+                    if "limit" in how:
+                        asked.append(how)
+                    return getattr(known.administration, name)(*given, **how)
+
+                return call
+
+        async with administered(known, Watched()) as admin:
+            for path in ("/tenants", "/tenants/acme/products", "/keys", "/usage"):
+                await admin.ok("platform", "GET", f"{path}?limit=2")
+                await admin.ok("platform", "GET", path)
+        assert [how["limit"] for how in asked] == [3, PAGE_ITEMS + 1] * 4
+
+    async def test_a_page_after_nothing_that_is_there_is_refused(self, admin: Admin) -> None:
+        others = admin.accounts.ids["other tenant"]
+        for who, path in (
+            ("platform", "/keys?after=none"),
+            ("platform", f"/keys?tenant=acme&after={others}"),
+            ("admin", f"/keys?after={others}"),
+            ("platform", "/keys?after=%00"),
+            ("platform", "/tenants?after=a%20b"),
+            ("platform", "/usage?after=last"),
+            ("platform", "/usage?after=9999999999"),
+        ):
+            assert (await admin.refused(who, "GET", path))[::2] == (400, "after")
+        assert (await admin.refused("platform", "GET", "/keys?tenant=%00"))[0] == 404
+        own = await admin.ok("admin", "GET", "/tenants?after=acme")
+        assert own["data"] == []
 
 
 class TestUsage:
     @pytest.fixture
     def used(self, known: Accounts) -> Accounts:
-        def usage(number: int, tenant: str, model: str, at_s: float) -> Usage:
-            return Usage(
-                f"r{number}", tenant, None, "k", model, "1", "eu", "eu/chat@1/x", "chat", "ok",
-                10, 2, 5, at_s, 0.5,
-            )  # fmt: skip
-
         days = [1_762_000_000.0 + 86_400 * day for day in range(3)]
         rows = [(t, m, d) for t in ("acme", "other") for m in ("chat", "embed") for d in days]
         known.store.ledger.append([usage(n, *row) for n, row in enumerate(rows)])
@@ -277,7 +345,8 @@ class TestUsage:
             ("acme", "chat", 3), ("acme", "embed", 3), ("other", "chat", 3), ("other", "embed", 3)
         ]  # fmt: skip
         assert totals[0].items() >= {
-            "input_tokens": 30, "cached_tokens": 6, "output_tokens": 15, "duration_s": 1.5
+            "input_tokens": 30, "cached_tokens": 6, "output_tokens": 15, "duration_s": 1.5,
+            "guessed_requests": 1,
         }.items()  # fmt: skip
         since = "since=2025-11-02&until=1762172800"
         (one,) = (await admin.ok("platform", "GET", f"/usage?by=tenant&tenant=other&{since}"))[
@@ -428,7 +497,7 @@ class TestTrouble:
             asked = 0
             go_on = threading.Event()
 
-            def tenants(self) -> list[Any]:
+            def tenants(self, **_: Any) -> list[Any]:
                 Slow.asked += 1
                 assert Slow.go_on.wait(20)
                 return []

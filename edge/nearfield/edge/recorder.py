@@ -479,6 +479,11 @@ def _relayed(status: int) -> str:
     return str(status) if status >= 400 else ""
 
 
+def _our_fault(entry: Entry) -> bool:
+    """Whether it failed by no doing of its caller's: also where it broke off after a good head."""
+    return entry.status >= 500 or (entry.status < 400 and entry.error not in (None, "cancelled"))
+
+
 def _executed(entry: Entry) -> bool:
     """Whether a request with an `Idempotency-Key` is settled by this: another one with the same
     key gets this answer, and is not executed."""
@@ -546,7 +551,7 @@ def _line(entry: Entry) -> bytes:
     last = entry.tries[-1] if entry.tries else None
     line = _Line(
         f"{_second(second)}.{int((ended_s - second) * 1000):03d}+00:00",
-        "error" if entry.status >= 500 else "info",
+        "error" if _our_fault(entry) else "info",
         "nearfield.requests",
         entry.method,
         entry.request_id,
@@ -631,7 +636,7 @@ def _span(entry: Entry) -> SpanMade:
         entry.at_s,
         clock_s + entry.ended_s,
         attributes,
-        error=entry.status >= 500,
+        error=_our_fault(entry),
         inside=[_try_span(tried, clock_s) for tried in entry.tries],
         trace_id=entry.trace_id,
         span_id=entry.span_id,

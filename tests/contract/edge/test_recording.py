@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 from nearfield.api.keys import Principal
 from nearfield.edge.decisions import Admission, Routed, Tokens
-from nearfield.edge.proxy.ports import Attempt, Grant, Request, Target
+from nearfield.edge.gate import KeyGate
+from nearfield.edge.proxy.ports import Attempt, Gate, Grant, Request, Target
 from nearfield.edge.recorder import GatewayRecorder
+from nearfield.edge.suspects import Suspects
 from nearfield.policy.endpoints import Caller
 from nearfield.store.sql import Store
 
 from tests.support.edge import STREAM, Forwarding, Heard, Upstream, answer, chunk, forwarding, post
 from tests.support.hosting import until
-from tests.support.otlp import receiver
+from tests.support.otlp import attributes, receiver
 
 ACME = Principal("acme", None, "k1", frozenset({"inference"}), None, None)
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -68,9 +70,11 @@ class Leads:
 
 
 @asynccontextmanager
-async def recorded(recorder: GatewayRecorder, *upstreams: Upstream) -> AsyncIterator[Forwarding]:
+async def recorded(
+    recorder: GatewayRecorder, *upstreams: Upstream, gate: Gate | None = None
+) -> AsyncIterator[Forwarding]:
     targets = [upstream.target for upstream in upstreams]
-    async with forwarding(targets, gate=Lets(), router=Leads(targets)) as running:
+    async with forwarding(targets, gate=gate or Lets(), router=Leads(targets)) as running:
         running.proxy.recorder = recorder
         yield running
 
@@ -157,6 +161,45 @@ async def test_a_stream_that_breaks_or_is_left_is_billed_with_how_it_ended(
     assert [(total.group[0], total.requests) for total in totals] == [
         ("cancelled", 1), ("upstream_failed", 1)
     ]  # fmt: skip
+    await upstream.close()
+
+
+async def test_a_stream_that_ends_with_an_error_event_is_no_success(
+    local: Store, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its head said 200: record, metric, line and span tell what became of it."""
+    text = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
+    error = b'{"message":"It died.","type":"server_error","param":null,"code":"engine_crashed"}'
+    last = b'data: {"error":%b}\n\n' % error
+
+    async def breaks(heard: Heard, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(STREAM + chunk(text) * 12 + chunk(last) + b"0\r\n\r\n")
+
+    upstream = Upstream(breaks)
+    await upstream.start()
+    file = os.open(log, os.O_CREAT | os.O_WRONLY)
+    with receiver() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        async with (
+            GatewayRecorder(
+                "here", os.environ, ledger=local.ledger, spool=tmp_path / "spool", log_to=file
+            ) as recorder,
+            recorded(recorder, upstream, gate=KeyGate(Suspects())) as running,
+        ):
+            asked = post({"model": "chat", "stream": True}, traceparent=f"00-{TRACE}-{PARENT}-01")
+            answered = await running.ask(asked)
+            assert (answered.status, answered.body) == (200, text * 12 + last)
+            page = recorder.prometheus_page().decode()
+    os.close(file)
+    (total,) = local.ledger.totals(["outcome"])
+    assert (total.group, total.output_tokens) == (("engine_crashed",), 11)
+    (counted,) = [each for each in page.splitlines() if each.startswith("nearfield_errors_total{")]
+    assert 'error_type="engine_crashed"' in counted
+    (line,) = lines_of(log)
+    assert (line["level"], line["code"], line["status"]) == ("error", "engine_crashed", 200)
+    span = collector.span("POST /v1/chat/completions")
+    assert attributes(span.attributes)["error.type"] == "engine_crashed"
+    assert span.status.code == span.status.STATUS_CODE_ERROR
     await upstream.close()
 
 

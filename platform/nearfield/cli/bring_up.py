@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,6 @@ from nearfield.cli import deploy
 from nearfield.cli.probe import Answer, ask
 from nearfield.cli.region import Region, Report
 from nearfield.core.serve_config import MODEL_BUILDER
-from nearfield.core.settings import Settings
 from nearfield.core.spec import ModelSpec
 
 _ASK_TIMEOUT_S = 120.0
@@ -56,6 +54,13 @@ def bring_up(
         NearfieldError: as `deploy.apply` and `deploy.wait_until_running` do.
     """
     deploy.apply(region, apps)
+    return answers(region, apps, timeout_s=timeout_s, report=report)
+
+
+def answers(
+    region: Region, apps: Sequence[dict[str, Any]], *, timeout_s: float, report: Report
+) -> list[Started]:
+    """The part of `bring_up` that waits, for applications that are being deployed."""
     names = [app["name"] for app in apps]
     outcomes = deploy.wait_until_running(region, names, timeout_s=timeout_s, report=report)
     return [_ask(region, app, outcome) for app, outcome in zip(apps, outcomes, strict=True)]
@@ -66,7 +71,6 @@ def _ask(region: Region, app: dict[str, Any], outcome: deploy.Outcome) -> Starte
     if not outcome.ready or url is None or app["import_path"] != MODEL_BUILDER:
         return Started(name, url, reason=outcome.reason)
     spec = ModelSpec.model_validate(app["args"])
-    settings = Settings.from_env(os.environ)
-    answer = ask(url, spec, timeout_s=_ASK_TIMEOUT_S, settings=settings)
+    answer = ask(url, spec, timeout_s=_ASK_TIMEOUT_S, settings=region.settings)
     reason = None if answer.error is None else f"it does not answer: {answer.error}"
     return Started(name, url, spec, answer, reason)

@@ -14,16 +14,17 @@ from nearfield.core.errors import BadRequest, NearfieldError
 COMMANDS = {
     "new": ("scaffold", "Start a project: a model's config, and an engine if you want your own."),
     "check": ("check", "Check config files before anything is deployed."),
-    "up": ("up", "Run a region on this machine, with models in it."),
+    "up": ("up", "Run a region on this machine, with models in it; or several, with gateways."),
     "serve": ("serve", "Add models to the running region, or upgrade them."),
     "models": ("status", "List the models of the region: where, in which state."),
-    "status": ("status", "Show the region: endpoint, models, processes."),
+    "status": ("status", "Show the region, or all of them: endpoints, models, processes."),
+    "gateway": ("gateway", "Run a gateway: what clients reach, before any number of regions."),
     "route": ("route", "Show where a request would go now, and why."),
     "rm": ("serve", "Remove models from the region."),
     "tenants": ("tenants", "Who calls and is billed, where their data may be, their limits."),
     "keys": ("keys", "API keys: create, list, rotate, revoke, export; passport secrets."),
     "usage": ("usage", "Sum what tenants, models, regions or keys used."),
-    "down": ("down", "Stop the region and everything in it."),
+    "down": ("down", "Stop the region, or all of them, and everything in it."),
 }
 
 EXIT_FAILED = 1

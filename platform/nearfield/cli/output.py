@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 from nearfield.core.settings import Settings
 
+_REGION = "nearfield.region"
 _DIRECTORY = click.Path(file_okay=False, path_type=Path)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -34,8 +36,44 @@ def dir_option(command: Command) -> Command:
     )(command)
 
 
+def region_option(command: Command) -> Command:
+    """`--dir` and `--region`: which of those that run here. See `names_one`."""
+    return click.option(
+        "--region",
+        metavar="NAME",
+        is_eager=True,
+        expose_value=False,
+        callback=_remember_region,
+        help="One of those that `nearfield up --regions` runs.",
+    )(dir_option(command))
+
+
+def names_one() -> bool:
+    """Whether the command line says which region."""
+    context = click.get_current_context()
+    given = context.get_parameter_source("root") is ParameterSource.COMMANDLINE
+    return given or region_named() is not None
+
+
+def region_named() -> str | None:
+    """What `--region` says."""
+    name: str | None = click.get_current_context().meta.get(_REGION)
+    return name
+
+
+def home() -> Path:
+    """Where local state is kept."""
+    return Settings.from_env(os.environ).home
+
+
+def _remember_region(ctx: click.Context, _: click.Parameter, name: str | None) -> None:
+    if name is not None and ("/" in name or name.startswith(".")):
+        raise click.BadParameter(f"{name!r} is no region's name")
+    ctx.meta[_REGION] = name
+
+
 def _default_root() -> Path:
-    return Settings.from_env(os.environ).home / "regions" / "local"
+    return home() / "regions" / (region_named() or "local")
 
 
 def print_json(data: Any) -> None:
@@ -80,3 +118,10 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for line in lines:
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         click.echo("  ".join(cells).rstrip())
+
+
+def duration(seconds: float) -> str:
+    """A span of time for people."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from nearfield.cli.ports import Reservations
 from nearfield.cli.processes import Process
 from nearfield.cli.serve_api import ServeApi
 from nearfield.core.errors import Conflict, NotFound, Unavailable
+from nearfield.core.settings import Settings
 
 Report = Callable[[str], None]
 DEFAULT_PORT = 8000
@@ -47,6 +48,7 @@ class RegionOptions:
         port: a wish: the next free one is taken.
         num_cpus: what models may ask for in total; absent: at least 4. Only Ray's bookkeeping.
         serve_options: top-level keys of a Serve config other than `applications`.
+        environ: variables of its own, above those of this process.
     """
 
     host: str = "127.0.0.1"
@@ -56,6 +58,7 @@ class RegionOptions:
     object_store_bytes: int = 128 * 2**20
     detached: bool = False
     serve_options: dict[str, Any] = field(default_factory=dict)
+    environ: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ class RegionState:
         pythonpath: what Ray was started with, so that an application's own can extend it.
         serve_options: top-level keys of every Serve config put there (they cannot change).
         owner: the process that will end it, None if detached.
+        environ: `RegionOptions.environ`: what it asks of callers, for instance.
         ready: Ray is up; before that, only cleaning up is possible.
     """
 
@@ -80,6 +84,7 @@ class RegionState:
     pythonpath: str
     serve_options: dict[str, Any]
     owner: Process | None
+    environ: Mapping[str, str] = field(default_factory=dict)
     ready: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -124,6 +129,11 @@ class Region:
         return Path(self.state.runtime_dir) / "ray" / "session_latest" / "logs"
 
     @property
+    def settings(self) -> Settings:
+        """What the environment of its replicas says."""
+        return Settings.from_env({**os.environ, **self.state.environ})
+
+    @property
     def token_file(self) -> Path:
         return self.root / "token"
 
@@ -134,7 +144,7 @@ class Region:
     @contextlib.contextmanager
     def deploying(self) -> Iterator[None]:
         """Held while the desired config is read, changed and written: one writer at a time."""
-        with _locked(self.root / "deploy.lock", wait=True):
+        with locked(self.root / "deploy.lock", wait=True):
             yield
 
 
@@ -146,7 +156,7 @@ def start(root: Path, options: RegionOptions, report: Report) -> Region:
         Unavailable: Ray did not start; the message says what it said.
     """
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(root / "start.lock", wait=False):
+    with locked(root / "start.lock", wait=False):
         _make_room(root, report)
         reservations = Reservations()
         port = reservations.next_free(options.port, options.host)
@@ -165,6 +175,7 @@ def start(root: Path, options: RegionOptions, report: Report) -> Region:
             pythonpath=os.environ.get("PYTHONPATH", ""),
             serve_options=_serve_options(options, port),
             owner=owner,
+            environ=dict(options.environ),
         )
         region = Region(root, state, reservations)
         _write_private(region.token_file, secrets.token_hex(32))
@@ -188,10 +199,16 @@ def find(root: Path) -> Region:
     """
     region = read(root)
     if region is None or not region.state.ready or not processes.of_region(region.state.region_id):
-        raise NotFound(
-            "No region runs here. Start one with: nearfield up", code="region_not_running"
-        )
+        raise NotFound(f"No region runs here. {_instead(root)}", code="region_not_running")
     return region
+
+
+def _instead(root: Path) -> str:
+    """What to do where no region runs."""
+    others = sorted(path.parent.name for path in root.parent.glob("*/state.json"))
+    if not others or root.name in others:
+        return "Start one with: nearfield up"
+    return f"Others do, name one: --region {' or '.join(others)}"
 
 
 def end(region: Region, *, drain_timeout_s: float = DRAIN_TIMEOUT_S) -> int:
@@ -203,9 +220,24 @@ def end(region: Region, *, drain_timeout_s: float = DRAIN_TIMEOUT_S) -> int:
     Raises:
         TimeoutError: some would not end; the state is kept for the next try.
     """
-    if drain_timeout_s > 0 and region.state.ready:
-        region.api.shut_down(timeout_s=drain_timeout_s)
+    if drain_timeout_s > 0:
+        drain(region, drain_timeout_s)
     grace_s = _STOP_GRACE_S if drain_timeout_s > 0 else 0.0
+    return end_drained(region, grace_s=grace_s)
+
+
+def drain(region: Region, timeout_s: float) -> None:
+    """End its Serve: replicas finish what they have accepted, if they can in this time."""
+    if region.state.ready:
+        region.api.shut_down(timeout_s=timeout_s)
+
+
+def end_drained(region: Region, *, grace_s: float = _STOP_GRACE_S) -> int:
+    """The rest of `end`.
+
+    Raises:
+        TimeoutError: as `end` does.
+    """
     count = processes.end_region(region.state.region_id, grace_s=grace_s)
     runtime_dir = Path(region.state.runtime_dir)
     logs = region.root / "logs"
@@ -251,7 +283,7 @@ def _start_ray(region: Region, options: RegionOptions) -> None:
     if state.ingress == "haproxy":
         ray_head.write_haproxy_launcher(runtime_dir)
     environment = ray_head.environment(
-        os.environ,
+        {**os.environ, **state.environ},
         region_id=state.region_id,
         token_file=region.token_file,
         runtime_dir=runtime_dir,
@@ -337,7 +369,12 @@ def _short_tmp() -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, *, wait: bool) -> Iterator[None]:
+def locked(path: Path, *, wait: bool) -> Iterator[None]:
+    """One process at a time.
+
+    Raises:
+        Conflict: another one is there, and waiting was not wanted.
+    """
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

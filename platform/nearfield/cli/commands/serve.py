@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 from nearfield.cli.main import EXIT_FAILED
-from nearfield.cli.output import Progress, dir_option, failed, json_option, print_json
+from nearfield.cli.output import Progress, failed, json_option, print_json, region_option
 
 
 @click.command
@@ -17,7 +17,7 @@ from nearfield.cli.output import Progress, dir_option, failed, json_option, prin
 @click.option(
     "--timeout", "timeout_s", type=float, default=600.0, show_default=True, help="Seconds to wait."
 )
-@dir_option
+@region_option
 @json_option
 def serve(files: tuple[str, ...], wait: bool, timeout_s: float, root: Path, as_json: bool) -> int:
     """Add models to the running region, or upgrade them.
@@ -64,7 +64,7 @@ def serve(files: tuple[str, ...], wait: bool, timeout_s: float, root: Path, as_j
 @click.option(
     "--wait/--no-wait", default=True, help="Wait until they have drained. [default: wait]"
 )
-@dir_option
+@region_option
 @json_option
 def rm(names: tuple[str, ...], wait: bool, root: Path, as_json: bool) -> int:
     """Remove models from the running region, by the name of their application.

@@ -9,20 +9,32 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from nearfield.cli.main import EXIT_FAILED
-from nearfield.cli.output import dir_option, failed, json_option, print_json, print_table
+from nearfield.cli.output import (
+    duration,
+    failed,
+    home,
+    json_option,
+    names_one,
+    print_json,
+    print_table,
+    region_named,
+    region_option,
+)
 
 if TYPE_CHECKING:
+    from nearfield.cli.members import Member
     from nearfield.cli.models import Model
 
 
 @click.command
-@dir_option
+@region_option
 @json_option
 def models(root: Path, as_json: bool) -> int:
     """List the models of the region.
 
     \b
     nearfield models
+    nearfield models --region us-east      of one of several
     nearfield models --json | jq -r '.models[] | select(.state == "running") | .endpoint'
     """
     from nearfield.cli import models as listing
@@ -37,17 +49,43 @@ def models(root: Path, as_json: bool) -> int:
 
 
 @click.command
-@dir_option
+@region_option
 @json_option
 def status(root: Path, as_json: bool) -> int:
     """Show the region: where it answers, its models, why one is not ready, what it costs.
 
+    Where several run, all of them with their gateways; or one.
+
     \b
     nearfield status
+    nearfield status --region us-east
     nearfield status --json | jq .region.endpoint
+    nearfield status --json | jq -r '.federation.regions[].gateway.endpoint'
 
-    Exit code 1 if no region runs, or a model in it has failed.
+    Exit code 1 if no region runs, or one has died, or its gateway has, or a model has failed.
     """
+    from nearfield.cli import federation as federations
+    from nearfield.cli import region
+
+    several = federations.read(home())
+    if several is not None and not names_one() and region.read(root) is None:
+        from nearfield.cli.commands.status_regions import show
+
+        return show(several, as_json=as_json)
+    name = region_named()
+    member = several[name] if several is not None and name in several.names else None
+    gateway = None if member is None else _gateway(member)
+    return _show_one(root, as_json=as_json, gateway=gateway)
+
+
+def _gateway(member: Member) -> dict[str, Any]:
+    from nearfield.cli.commands.status_regions import about
+
+    gateway: dict[str, Any] = about(member)["gateway"]
+    return gateway
+
+
+def _show_one(root: Path, *, as_json: bool, gateway: dict[str, Any] | None) -> int:
     from nearfield.cli import models as listing
     from nearfield.cli import processes, region
 
@@ -69,13 +107,19 @@ def status(root: Path, as_json: bool) -> int:
             "processes": len(members),
             "memory_bytes": memory_bytes,
         }
-        print_json({"region": about, "models": [model.to_json() for model in found]})
+        document = {"region": about, "models": [model.to_json() for model in found]}
+        print_json(document if gateway is None else {**document, "gateway": gateway})
     else:
         memory = "" if memory_bytes is None else f", {memory_bytes / 2**20:.0f} MiB"
         click.echo(
             f"Region at {click.style(running.base_url, bold=True)} ({running.state.ingress} "
-            f"ingress), up {_duration(uptime_s)}, {len(members)} processes{memory}"
+            f"ingress), up {duration(uptime_s)}, {len(members)} processes{memory}"
         )
+        if gateway is not None:
+            click.echo(
+                f"Gateway at {click.style(gateway['endpoint'], bold=True)}, gRPC "
+                f"{gateway['grpc']}: {gateway['state']}. Console: {gateway['console']}"
+            )
         click.echo(f"Logs: {running.logs_dir}")
         click.echo(
             f"Serve's own view: RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={running.token_file} "
@@ -95,9 +139,3 @@ def _print_models(found: Sequence[Model]) -> None:
         return
     headers = ("MODEL", "VERSION", "ENGINE", "SOURCE", "REPLICAS", "STATE", "ENDPOINT")
     print_table(headers, [model.cells() for model in found])
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

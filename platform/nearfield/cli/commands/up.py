@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from nearfield.cli.main import EXIT_FAILED, EXIT_INTERRUPTED
-from nearfield.cli.output import Progress, dir_option, failed, json_option, print_json
+from nearfield.cli.output import (
+    Progress,
+    dir_option,
+    failed,
+    home,
+    json_option,
+    names_one,
+    print_json,
+)
+from nearfield.core.settings import Settings
 
 if TYPE_CHECKING:
     from nearfield.cli.bring_up import Started
-    from nearfield.cli.probe import Answer
     from nearfield.cli.ray_head import Ingress
     from nearfield.cli.region import Region
 
@@ -27,6 +36,15 @@ _WATCH_S = 2.0
 @click.argument("files", nargs=-1, metavar="[FILE...]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
 @click.option("--port", type=click.IntRange(1, 65535), help="[default: the files' own, else 8000]")
+@click.option(
+    "--regions",
+    metavar="NAME,NAME",
+    help="Several regions, each with a gateway: names of the package's region files, or paths.",
+)
+@click.option(
+    "--keys", is_flag=True, help="With --regions: take nobody without a key from the usual store."
+)
+@click.option("--store", metavar="URL", help="With --regions: likewise, from this store.")
 @click.option(
     "--ingress",
     type=click.Choice(["haproxy", "python"]),
@@ -45,6 +63,9 @@ def up(
     files: tuple[str, ...],
     host: str,
     port: int | None,
+    regions: str | None,
+    keys: bool,
+    store: str | None,
     ingress: Ingress | None,
     cpus: int | None,
     detach: bool,
@@ -62,10 +83,67 @@ def up(
     nearfield up
     nearfield up chat.yaml embed.yaml --port 9000
     nearfield up --detach && nearfield status && nearfield down
+    nearfield up --regions eu-west,us-east,asia-south
 
     The region has its own ports, directory and token: it does not mix with another Ray on this
     machine. Ctrl-C ends it and everything in it; twice, without waiting.
+
+    With --regions, each region is a Ray cluster of its own and gets a gateway, which clients of
+    all regions can call (ports 8080, 8081, …; --host and --port are the gateways'). Without FILE
+    each region runs the models that its file names, with FILE those. See: nearfield status.
     """
+    if regions is None and (keys or store is not None):
+        raise click.UsageError("--keys and --store go with --regions: gateways ask for keys.")
+    if regions is not None:
+        if names_one():
+            raise click.UsageError("--dir is one region's; several live in NEARFIELD_HOME.")
+        return _several(
+            [each.strip() for each in regions.split(",") if each.strip()],
+            files,
+            as_json=as_json,
+            host=host,
+            port=port,
+            store=store or (Settings.from_env(os.environ).database_url if keys else None),
+            ingress=ingress,
+            num_cpus=cpus,
+            detached=detach,
+            timeout_s=timeout_s,
+        )
+    return _one(files, host, port, ingress, cpus, detach, timeout_s, root, as_json=as_json)
+
+
+def _several(
+    names: Sequence[str],
+    files: Sequence[str],
+    *,
+    as_json: bool,
+    port: int | None,
+    **given: Any,
+) -> int:
+    from nearfield.cli.commands import up_regions
+    from nearfield.cli.federation import GATEWAY_PORT, Options
+
+    progress = Progress(as_json=as_json)
+    wanted = up_regions.plans(names, files)
+    if not wanted:
+        raise click.UsageError("--regions names no region: eu-west,us-east, for instance.")
+    options = Options(port=port or GATEWAY_PORT, **given)
+    with _interruptible():
+        return up_regions.run(home(), wanted, options, progress, as_json=as_json)
+
+
+def _one(
+    files: Sequence[str],
+    host: str,
+    port: int | None,
+    ingress: Ingress | None,
+    cpus: int | None,
+    detach: bool,
+    timeout_s: float,
+    root: Path,
+    *,
+    as_json: bool,
+) -> int:
     from nearfield.cli import region as regions
     from nearfield.cli.applications import applications, quickstart_files, serve_options
     from nearfield.cli.bring_up import bring_up
@@ -121,13 +199,14 @@ def up(
 
 def _show(region: Region, started: Sequence[Started], progress: Progress, *, as_json: bool) -> None:
     """What came of each application, and how to use those that are ready."""
+    from nearfield.cli.commands.common import answered
     from nearfield.cli.snippets import examples
 
     for each in started:
         if each.reason is not None:
             failed(f"{each.name}: {each.reason}")
         elif each.answer is not None:
-            progress(_answered(each.answer))
+            progress(answered(each.answer))
     if as_json:
         models = [each.to_json() for each in started]
         seconds = round(progress.elapsed_s, 1)
@@ -140,15 +219,6 @@ def _show(region: Region, started: Sequence[Started], progress: Progress, *, as_
         click.echo(f"  {click.style(f'{url}/v1', bold=True)}  {spec.model} ({spec.engine.kind})")
     for title, code in examples(usable):
         click.echo(f"\n{click.style(f'# {title}', dim=True)}\n{code}")
-
-
-def _answered(answer: Answer) -> str:
-    from nearfield.cli.probe import QUESTION, SENTENCE
-
-    said = click.style(str(answer.text), bold=True)
-    took = click.style(f"({answer.seconds * 1000:.0f} ms)", dim=True)
-    asked = {"chat": f"{QUESTION} → ", "embeddings": f'"{SENTENCE}" → '}.get(answer.kind, "")
-    return f"{answer.model}: {asked}{said} {took}"
 
 
 def _ended_elsewhere(region: Region) -> bool:

@@ -332,3 +332,41 @@ def test_an_explanation_of_a_refusal() -> None:
     text = str(explain(current, found, [0, 0]))
     assert text.startswith("Refused (full): The model 'chat' is busy everywhere.")
     assert "no room for default requests" in text
+
+
+class TestTheSetStands:
+    """Who counts as equally near, as the way to the second of two regions changes."""
+
+    @staticmethod
+    def held(*steps: tuple[float, float | None]) -> list[set[int]]:
+        """At each moment, with that round trip to the second region; None: it is gone."""
+        current: Plan | None = None
+        found = []
+        for now_s, rtt_s in steps:
+            states = [at(0, "eu-a", rtt_s=0.1, first_byte_s=0.0)]
+            if rtt_s is not None:
+                states.append(at(1, "eu-b", rtt_s=rtt_s, first_byte_s=0.0))
+            current = plan(states, Ask("chat"), ANYONE, now_s=now_s, previous=current)
+            found.append(set(current.held))
+        return found
+
+    def test_it_changes_freely_while_it_is_new(self) -> None:
+        assert self.held((0, 0.12), (30, 0.1005), (59, 0.12)) == [{0}, {0, 1}, {0}]
+
+    def test_an_equal_joins_once_it_has_stood(self) -> None:
+        joining = self.held((0, 0.12), (100, 0.1005), (299, 0.1005), (300, 0.1005))
+        assert joining == [{0}, {0}, {0}, {0, 1}]
+
+    @pytest.mark.parametrize(("rtt_s", "at_once"), [(0.097, False), (0.094, True), (0.05, True)])
+    def test_who_is_noticeably_nearer_does_not_wait(self, rtt_s: float, at_once: bool) -> None:
+        before, after = self.held((0, 0.2), (100, rtt_s))
+        assert before == {0}
+        assert (1 in after) == at_once
+
+    @pytest.mark.parametrize(("rtt_s", "at_once"), [(0.11, False), (0.113, True), (0.5, True)])
+    def test_who_is_noticeably_farther_leaves_at_once(self, rtt_s: float, at_once: bool) -> None:
+        assert self.held((0, 0.1), (100, rtt_s)) == [{0, 1}, {0} if at_once else {0, 1}]
+
+    def test_who_is_gone_is_left_out_and_comes_back_without_waiting_anew(self) -> None:
+        steps = self.held((0, 0.1), (310, None), (320, 0.1))
+        assert steps == [{0, 1}, {0}, {0, 1}]

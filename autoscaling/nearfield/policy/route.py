@@ -11,7 +11,8 @@ the deadline. It costs microseconds.
 Three things keep traffic from flapping and from flocking:
 
 - the set of near-equals has a wide edge: an endpoint joins it within 1 % of the nearest and leaves
-  beyond 8 %, so noise on the way moves nobody in or out;
+  beyond 8 %, so noise on the way moves nobody in and out; and a change that gains little waits
+  until the set has stood for five minutes: at most two in ten;
 - inside the set, two are drawn and the emptier one is taken (Mitzenmacher, "The power of two
   choices in randomized load balancing", IEEE TPDS 2001): gateways with the same old news do not
   all run to the same endpoint;
@@ -47,6 +48,15 @@ LEAVE = 0.08
 """... and leaves them beyond this one."""
 JOIN_S, LEAVE_S = 0.0005, 0.002
 """The same for short times, where a share would be less than a clock can tell."""
+
+SETTLE_S = 60.0
+"""So long after its first plan the set of near-equals changes freely: distances are new to it."""
+STAND_S = 300.0
+"""Later it stands for so long, unless to change it gains something: ..."""
+NEARER, NEARER_S = 0.05, 0.001
+"""... who is not in it is nearer than all in it by so much, a share or seconds, ..."""
+FARTHER, FARTHER_S = 0.12, 0.003
+"""... or who is in it is farther than the nearest by so much."""
 
 SLO_JOIN, SLO_LEAVE = 0.8, 0.9
 """Shares of the SLO that a mean prediction must keep to count as meeting it, coming and staying."""
@@ -113,7 +123,8 @@ class Plan:
         refused: the endpoints that are not eligible, and why.
         refusal: why there is no row, if there is none.
         degraded: plans of the declared fallback models, in order.
-        made_s: when.
+        made_s: when. since_s: when the first of those was that replaced each other.
+        changed_s: when `held` last changed for another reason than that somebody was gone.
     """
 
     ask: Ask
@@ -126,6 +137,8 @@ class Plan:
     refusal: Refusal | None
     degraded: tuple[Plan, ...]
     made_s: float
+    since_s: float
+    changed_s: float
     by_number: dict[int, Row]
 
 
@@ -173,15 +186,22 @@ def plan(
         raise ValueError("a fallback model's plan must be made for the same class of callers")
     passed, refused = eligible(states, ask, caller)
     candidates = [_candidate(state) for state in passed]
-    held = previous.held if previous is not None else frozenset()
+    held, since_s, changed_s = frozenset[int](), now_s, now_s
+    if previous is not None:
+        held, since_s, changed_s = previous.held, previous.since_s, previous.changed_s
     within_s = math.inf
     if caller.mode == "economy":
         slo_s = ECONOMY_SLO_S if caller.slo_s is None else caller.slo_s
         within_s = SLO_LEAVE * slo_s
         order, near, held = _by_price(candidates, held, slo_s)
     else:
-        order, near = _by_distance(candidates, held)
+        stands = now_s - since_s >= SETTLE_S and now_s - changed_s < STAND_S
+        stands = stands and not _gains(candidates, held)
+        order, near = _by_distance(candidates, held, stands=stands)
+        left = held.intersection(c.state.number for c in order)
         held = frozenset(c.state.number for c in order[:near])
+        if held != left:
+            changed_s = now_s
     echo = 1.0 + ECHO * (crowd([s.load for s in passed], [s.own for s in passed]) - 1.0)
     rows = tuple(_row(candidate, echo) for candidate in order)
     return Plan(
@@ -195,6 +215,8 @@ def plan(
         refusal=None if rows else refusal(refused, ask, caller),
         degraded=degraded,
         made_s=now_s,
+        since_s=since_s,
+        changed_s=changed_s,
         by_number={row.number: row for row in rows},
     )
 
@@ -232,8 +254,25 @@ def _row(candidate: Candidate, echo: float) -> Row:
     )
 
 
-def _by_distance(candidates: list[Candidate], held: frozenset[int]) -> tuple[list[Candidate], int]:
-    """Near-equals first, each part by floor; and how many the near-equals are."""
+def _gains(candidates: list[Candidate], held: frozenset[int]) -> bool:
+    """Whether another set of near-equals would be noticeably nearer than what is left of this."""
+    inside = [c.floor_s for c in candidates if c.state.number in held]
+    if not inside:
+        return True
+    least_s = min(c.floor_s for c in candidates)
+    if min(inside) - least_s > max(NEARER * least_s, NEARER_S):
+        return True
+    return max(inside) - least_s > max(FARTHER * least_s, FARTHER_S)
+
+
+def _by_distance(
+    candidates: list[Candidate], held: frozenset[int], *, stands: bool = False
+) -> tuple[list[Candidate], int]:
+    """Near-equals first, each part by floor; and how many the near-equals are.
+
+    Args:
+        stands: they are those that are `held`, whatever their distance.
+    """
     if not candidates:
         return [], 0
     least_s = min(c.floor_s for c in candidates)
@@ -242,8 +281,9 @@ def _by_distance(candidates: list[Candidate], held: frozenset[int]) -> tuple[lis
     near: list[Candidate] = []
     far: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda c: (c.floor_s, c.state.number)):
-        edge_s = leave_s if candidate.state.number in held else join_s
-        (near if candidate.floor_s <= edge_s else far).append(candidate)
+        stays = candidate.state.number in held
+        equal = stays if stands else candidate.floor_s <= (leave_s if stays else join_s)
+        (near if equal else far).append(candidate)
     return near + far, len(near)
 
 

@@ -22,14 +22,18 @@ from nearfield.api.passport import PassportKeys
 from nearfield.core.federation import GatewayFile, RegionFile
 from nearfield.edge.decisions import Admission
 from nearfield.edge.follow import Follower
+from nearfield.edge.limiter import LimitedRouter
 from nearfield.edge.pages_models import ModelPages
 from nearfield.edge.proxy.listener import bind
 from nearfield.edge.proxy.plain import Careful
-from nearfield.edge.proxy.ports import Grant, Page, Request
+from nearfield.edge.proxy.ports import Grant, Page, Request, Retries, Router
+from nearfield.edge.retries import BudgetRetries
 from nearfield.edge.router import WorldRouter
 from nearfield.edge.site import Site
+from nearfield.edge.suspects import Suspects
 from nearfield.edge.world import World
-from nearfield.policy.endpoints import DEFAULT, Caller
+from nearfield.policy.endpoints import CRITICALITIES, DEFAULT, Caller
+from nearfield.policy.limit import Limit
 
 from tests.support.edge import (
     Answered,
@@ -85,6 +89,9 @@ class Replica(Upstream):
             idle = {"model": self.model, "version": self.version, "running": 0, "waiting": 0}
             idle |= {"room": 64, "queue_age_s": 0, "kv_usage": 0, "tokens": 0, "crashes": 0}
             writer.write(answer(json.dumps({**idle, "slots": 4, **self.load}).encode()))
+            return
+        if heard.target == f"{self.prefix}/v1/completions":  # a gateway's tiny inference
+            writer.write(answer(b"{}", self.status))
             return
         self.asked.append(heard)
         if self.hold_s:
@@ -232,11 +239,13 @@ class Bound:
         caller = Caller(jurisdictions)
         session = request.headers.get(b"x-session-id")
         trial = request.headers.get(b"x-trial")
+        claimed = request.headers.get(b"x-claims")
+        criticality = DEFAULT if claimed is None else CRITICALITIES.index(claimed.decode())
         about = Admission(
             principal,
             caller,
             kind="generate",
-            criticality=DEFAULT,
+            criticality=criticality,
             tokens=100,
             prompt_tokens=50,
             session=session,
@@ -276,7 +285,11 @@ class Plan:
 
 @dataclass
 class Running:
-    """A region that runs, and its gateway."""
+    """A region that runs, and its gateway.
+
+    Attributes:
+        limited: what stands before the router, where `regions` was given a limit.
+    """
 
     plan: Plan
     agent: Agent
@@ -285,6 +298,7 @@ class Running:
     address: tuple[str, int]
     world: World = field(init=False)
     router: WorldRouter = field(init=False)
+    limited: LimitedRouter = field(init=False)
     gateway: Forwarding = field(init=False)
     follower: Follower = field(init=False)
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)
@@ -330,8 +344,13 @@ async def regions(
     passports: PassportKeys | None = None,
     last_good: Path | None = None,
     max_attempts: int = 4,
+    limit: Limit | None = None,
 ) -> AsyncIterator[dict[str, Running]]:
-    """Regions that know of each other. Afterwards all books must balance."""
+    """Regions that know of each other. Afterwards all books must balance.
+
+    Args:
+        limit: of an upstream that nothing is known of; None: there is no limiter.
+    """
     sockets = {plan.name: bind("127.0.0.1", 0) for plan in plans}
     files = [_region_file(plan, sockets[plan.name].getsockname()[1]) for plan in plans]
     running: dict[str, Running] = {}
@@ -353,7 +372,7 @@ async def regions(
                 await each.add(f"{plan.name}-{number}")
             each.name(each.replicas)
         for each in running.values():
-            await listen(each, sockets[each.plan.name], max_attempts=max_attempts)
+            await listen(each, sockets[each.plan.name], max_attempts=max_attempts, limit=limit)
         for each in running.values():
             await each.follow()
         try:
@@ -381,18 +400,26 @@ async def _acquainted(running: Mapping[str, Running]) -> None:
     await until(know_all)
 
 
-async def listen(each: Running, socket: Any, *, max_attempts: int = 4) -> None:
+async def listen(
+    each: Running, socket: Any, *, max_attempts: int = 4, limit: Limit | None = None
+) -> None:
     """Its gateway, which knows of nothing yet."""
     each.world = World(each.site)
     each.router = WorldRouter(each.world)
+    router: Router = each.router
+    retries: Retries = Careful(max_attempts)
+    if limit is not None:
+        retries = BudgetRetries(Suspects())
+        router = each.limited = LimitedRouter(router, retries, limit=limit)
+        each.stack.callback(check_tries, each.limited)
     pages = Table(ModelPages(each.world, None).routes())
     each.stack.callback(check_books, each.world)
     each.gateway = await each.stack.enter_async_context(
         forwarding(
             [],
             gate=Bound(),
-            router=each.router,
-            retries=Careful(max_attempts),
+            router=router,
+            retries=retries,
             pages=pages,
             sockets=[socket],
         )
@@ -407,6 +434,10 @@ def check_books(world: World) -> None:
     assert set(world.running.work) <= {0.0}, world.running.work
     assert all(not replica.running for replica in world.replicas())
     assert all(not replica.trials for replica in world.replicas())
+
+
+def check_tries(limited: LimitedRouter) -> None:
+    assert limited.unbalanced == 0
 
 
 def _region_file(plan: Plan, port: int) -> RegionFile:

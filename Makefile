@@ -2,6 +2,7 @@
 #   make run            a running endpoint on this machine      make lint    formatting, types, import rules
 #   make test           all tests     make test-fast  seconds   make lock    write the lock files anew
 #   make bench          against the peers, on an idle machine; BENCH_ARGS='embed --rounds 1'
+#   make chaos          kills, freezes and cuts off real regions; CHAOS_ARGS='--only region --repeats 1'
 # VENV=path uses another virtual environment, PYTHON=path another interpreter, PYTEST_ARGS='-k router -x' picks tests.
 VENV ?= .venv
 export VENV
@@ -13,7 +14,7 @@ SLOW_TESTS = $(sort $(shell find $(SLOW) -name 'test_*.py' 2>/dev/null))
 PYTEST = $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 .NOTPARALLEL:
-.PHONY: run test test-fast test-contract test-slow setup bench lint format lock clean
+.PHONY: run test test-fast test-contract test-slow setup bench chaos lint format lock clean
 
 run:
 	@scripts/bootstrap.sh run
@@ -35,6 +36,9 @@ setup:
 
 bench: setup
 	$(VENV)/bin/python -m benchmarks run $(BENCH_ARGS)
+
+chaos: setup
+	$(VENV)/bin/python -m tests.chaos $(CHAOS_ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

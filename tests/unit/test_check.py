@@ -268,6 +268,13 @@ def test_custom_engines_are_not_executed(tmp_path: Path) -> None:
     assert "package" not in sys.modules
 
 
+def test_custom_engines_may_lie_in_folders_without_init(tmp_path: Path) -> None:
+    folder = tmp_path / "outer" / "inner"
+    folder.mkdir(parents=True)
+    write(folder, "class Engine: ...", "engine.py")
+    assert check(write(tmp_path, CUSTOM.replace("{engine}", "outer.inner.engine:Engine"))) == []
+
+
 def test_a_module_that_only_the_nodes_have_is_a_warning(tmp_path: Path) -> None:
     text = CUSTOM.replace("{engine}", "elsewhere:Engine") + "    runtime_env: {pip: [elsewhere]}\n"
     (problem,) = check(write(tmp_path, text))

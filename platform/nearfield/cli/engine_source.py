@@ -59,11 +59,10 @@ def find_beside(import_path: str, directory: Path) -> bool:
 
 def _find(module: str, path: Sequence[str] | None) -> ModuleSpec | None:
     spec: ModuleSpec | None = None
-    name = ""
     for part in module.split("."):
-        name = f"{name}.{part}" if name else part
-        # PathFinder, unlike importlib.util.find_spec, never imports the parent package.
-        spec = PathFinder.find_spec(name, path)
+        # PathFinder, unlike importlib.util.find_spec, never imports the parent package. By the last
+        # part: of a dotted name a namespace would look for the parent among what is imported.
+        spec = PathFinder.find_spec(part, path)
         if spec is None:
             return None
         locations = spec.submodule_search_locations

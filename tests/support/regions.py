@@ -239,6 +239,7 @@ class Bound:
         caller = Caller(jurisdictions)
         session = request.headers.get(b"x-session-id")
         trial = request.headers.get(b"x-trial")
+        trial_s = request.headers.get(b"x-trial-s")
         claimed = request.headers.get(b"x-claims")
         criticality = DEFAULT if claimed is None else CRITICALITIES.index(claimed.decode())
         about = Admission(
@@ -250,6 +251,7 @@ class Bound:
             prompt_tokens=50,
             session=session,
             trial=trial,
+            trial_s=None if trial_s is None else float(trial_s),
         )
         return Grant(replayable=True, about=about)
 

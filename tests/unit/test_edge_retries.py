@@ -77,8 +77,32 @@ class TestDeath:
             world.end(attempt, "closed")
             assert world.again(attempt), "no budget would allow sixty of sixty"
         assert world.retries.unbalanced == 0
-        assert all(on_trial(attempt) for attempt in tries)
         assert world.suspects.any
+
+    def test_who_had_just_come_is_tried_and_who_had_not_stays_in_its_region(self) -> None:
+        world = World()
+        old = world.start(ONE, request=bodies(1)[0])
+        world.now_s = 1.0
+        fresh = world.start(ONE, request=bodies(2)[1])
+        world.now_s = 1.05
+        world.end(old, "closed")
+        world.end(fresh, "closed")
+        assert world.again(old)
+        assert world.again(fresh)
+        assert on_trial(fresh)
+        assert not on_trial(old)
+        for each in (old, fresh):
+            assert each.grant is not None
+            assert each.grant.about.confined is not None
+        again = world.start(TWO, grant=old.grant, request=old.request)
+        world.now_s = 1.5
+        other = world.start(TWO, request=request_of({"other": 1}))
+        world.now_s = 2.5
+        world.end(again, "closed")
+        world.end(other, "closed")
+        assert on_trial(again), "two replicas died with it inside"
+        assert again.grant is not None
+        assert again.grant.about.trial_s is None
 
     def test_a_target_that_ends_every_connection_is_dead_once(self) -> None:
         world = World()

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 from nearfield.core.errors import Unprocessable
-from nearfield.policy.quarantine import Quarantine, fingerprint, may_try, refusal
+from nearfield.policy.quarantine import (
+    Quarantine,
+    Record,
+    fingerprint,
+    may_try,
+    refusal,
+    suspicion,
+    trial_s,
+)
 
 A, B, C = b"a", b"b", b"c"
 
@@ -79,6 +87,28 @@ def test_two_suspects_on_one_replica_leave_a_doubt() -> None:
 )
 def test_trials_are_one_by_one(trying: tuple[bytes, ...], suspects_there: int, may: bool) -> None:
     assert may_try(A, trying=trying, suspects_there=suspects_there) is may
+
+
+@pytest.mark.parametrize(
+    ("deaths", "alone", "inside_s", "how"),
+    [
+        (1, False, 0.05, "fresh"),
+        (1, False, 0.5, "slight"),
+        (1, True, 0.5, "grave"),
+        (2, False, 0.5, "grave"),
+    ],
+)
+def test_who_outlived_the_time_in_which_requests_kill_is_hardly_suspected(
+    deaths: int, alone: bool, inside_s: float, how: str
+) -> None:
+    record = Record(deaths, 300.0)
+    assert suspicion(record, alone=alone, inside_s=inside_s, first_byte_s=0.01) == how
+
+
+def test_a_trial_is_as_long_as_a_prompt_takes() -> None:
+    assert trial_s(0.01) == 0.1
+    assert trial_s(2.0) == 4.0
+    assert suspicion(Record(1, 0.0), alone=False, inside_s=3.0, first_byte_s=2.0) == "fresh"
 
 
 def test_the_sender_is_told() -> None:

@@ -5,6 +5,11 @@ answered; the culprit never is. So suspects are *tried*: no replica runs two at 
 runs twice at a time (`may_try`), whether it comes again as a replay or as a new request. If the
 replica of a trial dies, that one did it. Two kills, and the body is refused for a while.
 
+A trial takes as long as it took requests to kill so far: mostly they do so while their prompt is
+read. Whoever had outlived that when its replica died is run again beside others, and tried alone
+only if another dies with it inside (`suspicion`): twenty that wait for each other would all be
+late, and mostly none of them did it.
+
 Replicas that die together have one cause, and it need not be a request: a node was lost, or a
 region. Then only bodies that were in more than one of them are suspects, and none is convicted
 before its trial: a prompt that everybody sends is in every replica whatever kills them.
@@ -26,6 +31,9 @@ KILLS = 2
 """Deaths that convict a body, the last of them in its trial or with nothing else inside."""
 TOGETHER_S = 1.0
 """Deaths within so long of each other are one event."""
+QUICK_S, QUICK_TIMES = 0.1, 2.0
+"""What kills a replica mostly does so while its prompt is read: within so long, or so many times
+what its first byte was expected to take. See `suspicion`."""
 SUSPECT_S = 300.0
 """How long a suspect is remembered that does not come again."""
 QUARANTINE_S = 600.0
@@ -33,6 +41,10 @@ MOST_RECORDS = 1024
 """Bodies remembered. Beyond them the oldest suspects are forgotten, then the oldest convicts."""
 
 Standing = Literal["clear", "suspect", "quarantined"]
+Suspicion = Literal["slight", "fresh", "grave"]
+"""`slight`: it had outlived the time in which requests kill, and runs beside others. `fresh`: it is
+tried, and once it has outlived that time the next one is. `grave`: it was inside twice, or
+alone, and is tried to its end."""
 
 
 def fingerprint(model: str, body: bytes) -> bytes:
@@ -132,6 +144,23 @@ def _bounded(records: dict[bytes, Record]) -> dict[bytes, Record]:
     # Sorting is stable, so each kind stays in order of age.
     forgotten = set(sorted(records, key=lambda body: records[body].convicted)[:excess])
     return {body: record for body, record in records.items() if body not in forgotten}
+
+
+def suspicion(record: Record, *, alone: bool, inside_s: float, first_byte_s: float) -> Suspicion:
+    """How a request is run again that was inside a replica when that died.
+
+    Args:
+        alone: nothing else was there. inside_s: for how long it had been there.
+        first_byte_s: how long its first byte was expected to take.
+    """
+    if alone or record.deaths > 1:
+        return "grave"
+    return "fresh" if inside_s < trial_s(first_byte_s) else "slight"
+
+
+def trial_s(first_byte_s: float) -> float:
+    """How long it takes to see that a request does not kill as most do that do."""
+    return max(QUICK_S, QUICK_TIMES * first_byte_s)
 
 
 def may_try(body: bytes, *, trying: Collection[bytes], suspects_there: int) -> bool:

@@ -51,7 +51,10 @@ class Admission:
         used: what it really took, once the Gate's Tap has seen the answer; None: there was none, or
             it is not counted in tokens.
         trial: the fingerprint of its body, once it may have killed a replica: from then on it runs
-            only where no other suspect does (`policy.quarantine.may_try`).
+            only where no other suspect does (`policy.quarantine.may_try`). trial_s: how long that
+            is; None: to its end.
+        accused: it was inside a replica that died, and leaves its region no more, although it is
+            not tried (`policy.quarantine.suspicion`).
         confined: the region that its next try may not leave; None: any will do.
         tries: begun for it so far.
     """
@@ -69,6 +72,8 @@ class Admission:
     idempotency_key: bytes | None = None
     used: Tokens | None = None
     trial: bytes | None = None
+    trial_s: float | None = None
+    accused: bool = False
     confined: str | None = None
     tries: int = 0
 

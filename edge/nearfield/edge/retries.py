@@ -199,7 +199,7 @@ class BudgetRetries:
             runs=len(attempts) - refusals,
             refusals=refusals,
             crossings=sum(_region(attempt) != region for attempt in attempts),
-            suspect=admission.trial is not None,
+            suspect=admission.trial is not None or admission.accused,
             left_s=request.deadline_s - now_s,
         )
         cause = self._cause(last)

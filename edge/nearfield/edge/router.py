@@ -76,6 +76,7 @@ class Way(Routed):
         tokens: of its work. expected_s: to its first byte, as it was asked for.
         cold: nothing ran when it was sent. counted: it has begun and not ended.
         suspect: the fingerprint of its body, on trial there. reserved: that is counted.
+        alone: no other suspect may begin there yet.
     """
 
     known: Known = field(kw_only=True)
@@ -86,6 +87,7 @@ class Way(Routed):
     counted: bool = False
     suspect: bytes | None = None
     reserved: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +204,10 @@ class WorldRouter:
             peer.used_s = attempt.started_s
             self._running.own[peer.number] += 1
             self._running.work[peer.number] += way.tokens
-        if way.suspect is not None and not way.reserved:
-            self._reserve(way)
+        if way.suspect is not None:
+            if not way.reserved:
+                self._reserve(way)
+            self._limit_trial(way, attempt)
 
     def ended(self, attempt: Attempt) -> None:
         """It is over."""
@@ -489,13 +493,27 @@ class WorldRouter:
         way.reserved = True
         self._trying.add(way.suspect)
         if isinstance(way.peer, Replica):
+            way.alone = True
             way.peer.trials += 1
+
+    def _limit_trial(self, way: Way, attempt: Attempt) -> None:
+        """It has begun: once it has outlived the time in which it would kill, another may begin."""
+        about = None if attempt.grant is None else attempt.grant.about
+        if type(about) is Admission and about.trial_s is not None:
+            asyncio.get_running_loop().call_later(about.trial_s, self._outlived, way)
+
+    def _outlived(self, way: Way) -> None:
+        if way.reserved and way.alone and isinstance(way.peer, Replica):
+            way.alone = way.trial = False
+            way.peer.trials -= 1
+            self._wake()
 
     def _release(self, way: Way) -> None:
         assert way.suspect is not None
         way.reserved = False
         self._trying.discard(way.suspect)
-        if isinstance(way.peer, Replica):
+        if isinstance(way.peer, Replica) and way.alone:
+            way.alone = False
             way.peer.trials -= 1
 
     def _wake(self) -> None:

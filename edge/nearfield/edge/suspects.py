@@ -12,7 +12,13 @@ from collections.abc import Callable, Iterable
 from nearfield.core.errors import Unprocessable
 from nearfield.edge.decisions import Admission, Routed
 from nearfield.edge.proxy.ports import Attempt, Request
-from nearfield.policy.quarantine import Quarantine, fingerprint, refusal
+from nearfield.policy.quarantine import (
+    Quarantine,
+    fingerprint,
+    refusal,
+    suspicion,
+    trial_s,
+)
 
 
 class Suspects:
@@ -65,14 +71,14 @@ class Suspects:
             self._keep(book)
 
     def died(self, inside: Iterable[Attempt]) -> None:
-        """A replica is gone that had these tries. They are on trial from now on.
+        """A replica is gone that had these tries. Some are on trial from now on: see `suspicion`.
 
         Whether it was their doing is not known: most replicas are killed by something else. So
         even one that was alone in there gets its trial, where the policy would not send it again.
         """
         now_s = self._clock()
         named: list[tuple[bytes, bool]] = []
-        of: list[tuple[bytes, Admission]] = []
+        of: list[tuple[bytes, Attempt, Admission]] = []
         for attempt in inside:
             request, grant = attempt.request, attempt.grant
             if request is None or grant is None or not request.body:
@@ -80,14 +86,22 @@ class Suspects:
             name = _name(request)
             leg = attempt.leg
             named.append((name, isinstance(leg, Routed) and leg.trial))
-            of.append((name, grant.about))
+            of.append((name, attempt, grant.about))
         if not named:
             return
         book, _ = self._book.blamed(named, now_s)
         self._keep(book)
-        for name, admission in of:
+        for name, attempt, admission in of:
             if book.standing(name, now_s) != "clear":
-                admission.trial = name
+                how = suspicion(
+                    book.records[name],
+                    alone=len(named) == 1,
+                    inside_s=now_s - attempt.started_s,
+                    first_byte_s=_first_byte_s(attempt),
+                )
+                admission.accused = True
+                admission.trial = None if how == "slight" else name
+                admission.trial_s = trial_s(_first_byte_s(attempt)) if how == "fresh" else None
 
     def _keep(self, book: Quarantine) -> None:
         if book is self._book:
@@ -95,6 +109,11 @@ class Suspects:
         self._book = book
         self.any = bool(book.records)
         self._until_s = max((r.until_s for r in book.records.values()), default=-math.inf)
+
+
+def _first_byte_s(attempt: Attempt) -> float:
+    leg = attempt.leg
+    return leg.predicted_s if isinstance(leg, Routed) else 0.0
 
 
 def _name(request: Request) -> bytes:

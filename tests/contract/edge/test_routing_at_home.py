@@ -232,6 +232,18 @@ async def test_suspects_are_tried_one_by_one_on_each_replica() -> None:
         assert at_once == {"eu-0": 1, "eu-1": 1}
 
 
+async def test_a_trial_may_be_shorter_than_its_request() -> None:
+    async with regions(Plan("eu", replicas=1)) as running:
+        eu = running["eu"]
+        eu.replicas[0].hold_s = 0.5
+        began_s = time.monotonic()
+        asked = [ask(eu, x_trial=f"body-{n}", x_trial_s="0.05") for n in range(4)]
+        assert len(await asyncio.gather(*asked)) == 4
+        took_s = time.monotonic() - began_s
+        assert 0.5 + 3 * 0.05 < took_s < 4 * 0.5
+        assert eu.world.replicas()[0].trials == 0
+
+
 async def test_a_suspect_that_leaves_while_it_waits_blocks_nobody() -> None:
     async with regions(Plan("eu", replicas=1)) as running:
         eu = running["eu"]

@@ -8,29 +8,28 @@ the client is the limit. JSON is asked by wrk, streams by `load`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.load import Job
-from benchmarks.server import Running, SideFailed, client_environment, running
+from benchmarks.server import Running, SideFailed, load, running
 from benchmarks.sides import UPSTREAM, Side, tick
 from benchmarks.workload import KEY
 
-REPO = Path(__file__).parent.parent
 PATH = "/v1/chat/completions"
 AUTHORIZATION = f"Authorization: Bearer {KEY}\r\n"
 STREAMS = 64
 FROZEN = 500
 FROZEN_S = 3.0
 MANY_REQUESTS = 200_000
+READ_S = 10.0
+LET_IN = b"HTTP/1.1 200"
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 Figures = dict[str, float]
@@ -126,29 +125,13 @@ def _streams(server: Running, seconds: float) -> Figures:
         server.port, PATH, [tick("Hello", "") | {"model": "chat"}], STREAMS,
         seconds=seconds, stream=True, headers=AUTHORIZATION,
     )  # fmt: skip
-    _load(dataclasses.replace(job, seconds=0, requests=STREAMS))
-    alone = _load(dataclasses.replace(job, connections=1, seconds=min(2, seconds)))
+    client = cpus()["client_cpus"]
+    load(dataclasses.replace(job, seconds=0, requests=STREAMS), cpus=client)
+    alone = load(dataclasses.replace(job, connections=1, seconds=min(2, seconds)), cpus=client)
     before_s = _cpu_s(server)
-    found = _load(job)
+    found = load(job, cpus=client)
     found["cpu_us_per_token"] = 1e6 * (_cpu_s(server) - before_s) / found["tokens"]
     return {f"sse1_{k}": v for k, v in alone.items()} | {f"sse_{k}": v for k, v in found.items()}
-
-
-def _load(job: Job) -> Figures:
-    command = ["taskset", "-c", cpus()["client_cpus"], sys.executable, "-m", "benchmarks.load"]
-    done = subprocess.run(
-        command,
-        cwd=REPO,
-        env=client_environment({}),
-        input=json.dumps(dataclasses.asdict(job)),
-        capture_output=True,
-        text=True,
-        timeout=job.seconds + 200,
-    )
-    if done.returncode:
-        raise SideFailed(done.stderr.strip()[-300:])
-    figures: Figures = json.loads(done.stdout)
-    return figures
 
 
 def _memory(server: Running, quick: bool) -> Figures:
@@ -158,8 +141,7 @@ def _memory(server: Running, quick: bool) -> Figures:
     while sent < MANY_REQUESTS / (20 if quick else 1):
         sent += _wrk(server, 32, 1.0 if quick else 5.0)["requests"]
     after_mb = _resident_mb(server)
-    request = f"POST /v1/flood HTTP/1.1\r\nHost: x\r\n{AUTHORIZATION}Content-Length: 2\r\n\r\n{{}}"
-    frozen = _connect(server.port, FROZEN, request.encode())
+    frozen = _connect(server.port, FROZEN, _flood())
     time.sleep(FROZEN_S)
     first_mb = _resident_mb(server)
     time.sleep(FROZEN_S)
@@ -174,15 +156,34 @@ def _memory(server: Running, quick: bool) -> Figures:
     }
 
 
+def _flood() -> bytes:
+    """A request for a stream without an end."""
+    body = b'{"model":"chat","messages":[],"stream":true,"user":"flood"}'
+    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{AUTHORIZATION}"
+    return b"%bContent-Length: %d\r\n\r\n%b" % (head.encode(), len(body), body)
+
+
 def _connect(port: int, count: int, request: bytes) -> Sequence[socket.socket]:
-    """Clients that ask and never read; their own buffers are as small as they can be."""
+    """Clients that ask, and read no more than that they were let in; their own buffers are as small
+    as they can be.
+
+    Raises:
+        SideFailed: one was not let in.
+    """
     made = []
-    for _ in range(count):
-        client = socket.socket()
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect(("127.0.0.1", port))
-        client.sendall(request)
-        made.append(client)
+    try:
+        for _ in range(count):
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", port))
+            client.settimeout(READ_S)
+            client.sendall(request)
+            made.append(client)
+        lines = {client.recv(len(LET_IN)) for client in made}
+    except OSError as error:
+        raise SideFailed(f"a reader got no answer: {error}") from None
+    if lines != {LET_IN}:
+        raise SideFailed(f"readers got {lines}")
     return made
 
 

@@ -1,8 +1,11 @@
-"""The load: a closed loop over a fixed number of connections, in a process of its own.
+"""The load, in a process of its own: so many requests at once, or so many a second.
 
     python -m benchmarks.load < job.json > result.json
 
-Each connection is kept alive and sends its next request when the answer to its last is complete.
+In a closed loop each connection sends its next request when the answer to its last is complete. An
+open loop sends at random times, whatever has become of earlier requests, and counts each one's time
+from when it was due. Connections are kept alive.
+
 The client is a bare `asyncio.Protocol`: on a machine of two cores everything it does is taken from
 the server, so while it measures it only cuts answers out of the byte stream and notes the time.
 It is the same for all sides.
@@ -14,6 +17,7 @@ import asyncio
 import gc
 import itertools
 import json
+import random
 import statistics
 import sys
 import time
@@ -39,6 +43,8 @@ class Job:
         requests: stop after so many requests instead (then nothing is warm-up).
         stream: answers are server-sent events.
         headers: more header lines, each with its end.
+        rate_rps: send so many a second on average, at random (Poisson), over as many connections as
+            that takes: an open loop.
     """
 
     port: int
@@ -51,6 +57,12 @@ class Job:
     stream: bool = False
     timeout_s: float = 180.0
     headers: str = ""
+    rate_rps: float | None = None
+
+    @property
+    def longest_s(self) -> float:
+        """It has failed if it takes longer."""
+        return self.warmup_s + self.seconds + self.timeout_s
 
 
 @dataclass(slots=True)
@@ -173,6 +185,11 @@ async def drive(job: Job) -> list[Sample]:
     Raises:
         BadAnswer: any request failed; a measurement with failures is none.
     """
+    async with asyncio.timeout(job.longest_s):
+        return await (_closed(job) if job.rate_rps is None else _open(job, job.rate_rps))
+
+
+async def _closed(job: Job) -> list[Sample]:
     loop = asyncio.get_running_loop()
     requests = encode(job)
     samples: list[Sample] = []
@@ -187,19 +204,61 @@ async def drive(job: Job) -> list[Sample]:
                 _, connection = await loop.create_connection(Connection, "127.0.0.1", job.port)
             request = requests[sent % len(requests)]
             sent += 1
-            sample = await connection.ask(request, stream=job.stream)
-            if sample.status != 200:
-                raise BadAnswer(f"status {sample.status}: {bytes(sample.body[:300])!r}")
-            samples.append(sample)
+            samples.append(_good(await connection.ask(request, stream=job.stream)))
             if connection.last:
                 connection.transport.close()
                 connection = None
         if connection is not None:
             connection.transport.close()
 
-    async with asyncio.timeout(job.warmup_s + job.seconds + job.timeout_s):
-        await asyncio.gather(*(one() for _ in range(job.connections)))
+    await asyncio.gather(*(one() for _ in range(job.connections)))
     return samples
+
+
+async def _open(job: Job, rate_rps: float) -> list[Sample]:
+    loop = asyncio.get_running_loop()
+    requests = encode(job)
+    samples: list[Sample] = []
+    idle: list[Connection] = []
+
+    async def one(request: bytes, due_s: float) -> None:
+        connection: Connection | None = None
+        while idle and connection is None:
+            kept = idle.pop()
+            connection = None if kept.closed else kept
+        if connection is None:
+            _, connection = await loop.create_connection(Connection, "127.0.0.1", job.port)
+        sample = _good(await connection.ask(request, stream=job.stream))
+        sample.sent_s = due_s
+        samples.append(sample)
+        if connection.last:
+            connection.transport.close()
+        else:
+            idle.append(connection)
+
+    draw = random.Random(5)  # the same times for all sides
+    due_s = time.perf_counter()
+    stop_s = due_s + job.warmup_s + job.seconds
+    under_way: list[asyncio.Task[None]] = []
+    while (due_s := due_s + draw.expovariate(rate_rps)) < stop_s:
+        if (wait_s := due_s - time.perf_counter()) > 0:
+            await asyncio.sleep(wait_s)
+        request = requests[len(under_way) % len(requests)]
+        under_way.append(asyncio.create_task(one(request, due_s)))
+    await asyncio.gather(*under_way)
+    for each in idle:
+        each.transport.close()
+    return samples
+
+
+def _good(sample: Sample) -> Sample:
+    """
+    Raises:
+        BadAnswer: it is an error.
+    """
+    if sample.status != 200:
+        raise BadAnswer(f"status {sample.status}: {bytes(sample.body[:300])!r}")
+    return sample
 
 
 def quantile(values: Sequence[float], q: float) -> float:

@@ -13,7 +13,10 @@ from typing import Any
 BUSY_SHARE = 0.10
 """Above this share of all cores in use by others, a measurement is not worth making."""
 
-PACKAGES = ("nearfield", "ray", "torch", "transformers", "onnxruntime", "openvino", "starlette")
+PACKAGES = (
+    "nearfield", "ray", "torch", "transformers", "onnxruntime", "openvino", "starlette", "uvloop",
+    "httptools", "msgspec",
+)  # fmt: skip
 
 
 def describe() -> dict[str, Any]:

@@ -32,6 +32,11 @@ PANELS: dict[str, tuple[tuple[str, str, str | None], ...]] = {
         ("c1_p50_ms", "p50 in ms, 1 connection", "c1_p50_ms"),
         ("sse_ttft_p50_ms", "64 streams: first token p50, ms", "sse_ttft_p50_ms"),
     ),
+    "replicas": (
+        ("l60_p99_ms", "p99 in ms at 60 % of capacity", None),
+        ("l80_p99_ms", "p99 in ms at 80 %", None),
+        ("l80_p50_ms", "p50 in ms at 80 %", None),
+    ),
 }
 """Per suite: figure, title, and the limit's figure, drawn as a dashed line."""
 

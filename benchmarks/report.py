@@ -70,6 +70,14 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("frozen_mb", "+ with 500 frozen readers"),
         Column("ready_s", "ready after, s", 2, spread=False),
     ),
+    "replicas": (
+        Column("l60_p50_ms", "p50 at 60 %, ms"),
+        Column("l60_p99_ms", "p99 at 60 %, ms"),
+        Column("l80_p50_ms", "p50 at 80 %, ms"),
+        Column("l80_p99_ms", "p99 at 80 %, ms"),
+        Column("l60_rps", "requests/s at 60 %", 0),
+        Column("l80_rps", "at 80 %", 0),
+    ),
 }
 RANKED = {"embed": "c32_rps", "generate": "s16_tokens_per_s", "edge": "c32_rps"}
 LIMIT_KEY = {"embed": "rps", "generate": "s16_tokens_per_s", "edge": "c32_rps"}

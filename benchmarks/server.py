@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.environments import HERE, python
+from benchmarks.load import Job
 from benchmarks.sides import COMMON, Side
 
 MARKER = "NEARFIELD_BENCH_SIDE"
@@ -70,13 +74,16 @@ def running(
         **(more or {}),
     }
     own = {name: value.format(**values) for name, value in side.environment.items()}
+    environment = _environment() | COMMON | own | {MARKER: mark}
     log = scratch / "log"
-    began_s = time.monotonic()
     try:
+        if side.prepare:
+            _run([part.format(**values) for part in side.prepare], environment, READY_S)
+        began_s = time.monotonic()
         with log.open("wb") as out:
             process = subprocess.Popen(
                 [part.format(**values) for part in side.command],
-                env=_environment() | COMMON | own | {MARKER: mark},
+                env=environment,
                 cwd=scratch,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -166,6 +173,56 @@ def _kill(pid: int) -> None:
         return
 
 
-def client_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """For our own helper processes: load and limits."""
-    return _environment() | COMMON | dict(extra)
+def load(job: Job, *, cpus: str | None = None) -> dict[str, float]:
+    """Send the load, from a process of its own; its figures.
+
+    Args:
+        cpus: that it is confined to.
+
+    Raises:
+        SideFailed: a request failed, or there is no end.
+    """
+    command = [sys.executable, "-m", "benchmarks.load"]
+    if cpus is not None:
+        command = ["taskset", "-c", cpus, *command]
+    return figures_of(command, json.dumps(dataclasses.asdict(job)), job.longest_s + 30)
+
+
+def figures_of(command: list[str], stdin: str | None, limit_s: float) -> dict[str, float]:
+    """What one of our own helpers finds out: load or limits.
+
+    Raises:
+        SideFailed: it found nothing.
+    """
+    found: dict[str, float] = json.loads(_run(command, helper_environment(), limit_s, stdin))
+    return found
+
+
+def helper_environment() -> dict[str, str]:
+    """For processes of our own beside the sides."""
+    return _environment() | COMMON
+
+
+def _run(
+    command: list[str], environment: Mapping[str, str], limit_s: float, stdin: str | None = None
+) -> str:
+    """Run something to its end; what it prints.
+
+    Raises:
+        SideFailed: it fails, or takes too long.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            cwd=HERE.parent,
+            env=environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise SideFailed(f"no result within {limit_s:.0f} s") from error
+    if done.returncode != 0:
+        raise SideFailed(done.stderr.strip()[-600:])
+    return done.stdout

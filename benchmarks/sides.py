@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.workload import KEY, MAX_TOKENS
@@ -43,14 +43,15 @@ HAPROXY = {
 class Side:
     """One server.
 
-    `command` and `environment` may hold {python}, {here}, {repo}, {data}, {scratch}, {port} and
-    {port_2}.
+    `prepare`, `command` and `environment` may hold {python}, {here}, {repo}, {data}, {scratch},
+    {port} and {port_2}.
 
     Attributes:
         title: what tables call it. venv: whose interpreter {python} is.
         path: where requests go. body: a request of a text.
         ready: a path that answers 200, or the text that it prints, when it can be asked.
         ours: nearfield; the others are peers.
+        prepare: run to its end before the start, and not timed.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Side:
     ready: str
     environment: Mapping[str, str] = field(default_factory=dict)
     ours: bool = False
+    prepare: tuple[str, ...] = ()
 
 
 def _openai_input(text: str, _: str) -> dict[str, Any]:
@@ -236,51 +238,60 @@ PROXY = {
     "BENCH_DIR": "{scratch}",
     "BENCH_KEY": KEY,
 }
+CHAT = "/v1/chat/completions"
 PINNED = ("taskset", "-c", "{cpu}")
 """A proxy has a core to itself; the client and the upstream share another."""
+GATEWAY = {
+    "NEARFIELD_HOME": "{scratch}",
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:{upstream}/v1/traces",
+    "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
+    "OTEL_TRACES_SAMPLER_ARG": "0.01",
+}
+LAUNCH = "{here}/peers/proxies/launch.py"
+
+
+def _gateway(title: str, *before: str) -> Side:
+    """As its user runs it: one worker, a store, and one trace in a hundred sent to a collector."""
+    return Side(
+        name="nearfield",
+        title=title,
+        venv="nearfield",
+        command=(*before, "{python}", "-m", "nearfield.edge", "{scratch}/gateway.yaml"),
+        path=CHAT,
+        body=_chat("chat"),
+        ready="/readyz",
+        environment=GATEWAY,
+        ours=True,
+        prepare=("{python}", "-m", "benchmarks.gateway", "{scratch}", "{port}", "{upstream}"),
+    )
 
 
 def _proxy(
     name: str, title: str, *command: str, venv: str = "proxies", ready: str = "/v1/models"
 ) -> Side:
+    command = (*PINNED, "{python}", *command)
+    return Side(name, title, venv, command, CHAT, _chat("chat"), ready, PROXY)
+
+
+def _upstream(module: str, *before: str) -> Side:
     return Side(
-        name, title, venv, (*PINNED, "{python}", *command), "/v1/chat/completions",
-        _chat("chat"), ready, PROXY, ours=venv == "nearfield",
-    )  # fmt: skip
+        name="upstream",
+        title="the upstream itself",
+        venv="nearfield",
+        command=(*before, "{python}", "-m", module, "{port}"),
+        path=CHAT,
+        body=_chat("chat"),
+        ready="bench: ready",
+        environment={"PYTHONPATH": "{repo}"},
+    )
 
 
-UPSTREAM = Side(
-    name="upstream",
-    title="the upstream itself",
-    venv="nearfield",
-    command=(
-        "taskset",
-        "-c",
-        "{client_cpus}",
-        "{python}",
-        "-m",
-        "benchmarks.edge_upstream",
-        "{port}",
-    ),
-    path="/v1/chat/completions",
-    body=_chat("chat"),
-    ready="bench: ready",
-    environment={"PYTHONPATH": "{repo}"},
-)
+UPSTREAM = _upstream("benchmarks.edge_upstream", "taskset", "-c", "{client_cpus}")
 EDGE = (
-    replace(
-        _proxy(
-            "nearfield",
-            "nearfield, everything on",
-            *("-m", "benchmarks.edge_gateway", "{port}", "{upstream}"),
-            venv="nearfield",
-            ready="bench: ready",
-        ),
-        environment={**PROXY, "PYTHONPATH": "{repo}"},
-    ),
-    _proxy("envoy", "Envoy", "{here}/peers/proxies/launch.py", "envoy"),
-    _proxy("nginx", "nginx", "{here}/peers/proxies/launch.py", "nginx"),
-    _proxy("haproxy", "HAProxy", "{here}/peers/proxies/launch.py", "haproxy"),
+    _gateway("nearfield, everything on", *PINNED),
+    _proxy("envoy", "Envoy", LAUNCH, "envoy"),
+    _proxy("nginx", "nginx", LAUNCH, "nginx"),
+    _proxy("haproxy", "HAProxy", LAUNCH, "haproxy"),
     _proxy("aiohttp", "aiohttp, server and client", "{here}/peers/proxies/naive.py"),
     _proxy(
         "litellm", "LiteLLM proxy", "{here}/peers/litellm/server.py",
@@ -288,9 +299,36 @@ EDGE = (
     ),
 )  # fmt: skip
 
+
+def _leastconn(name: str, title: str, *options: str) -> Side:
+    command = ("{python}", LAUNCH, "leastconn", *options)
+    return Side(name, title, "proxies", command, CHAT, _chat("chat"), "/v1/models", PROXY)
+
+
+def _serve(name: str, title: str, *options: str) -> Side:
+    """Serve's replicas are actors, so its are its own; they take as long as the others'."""
+    command = ("{python}", "{here}/peers/ray_serve/replicas.py", *options)
+    environment = {
+        **PROXY,
+        "PYTHONPATH": "{repo}",
+        "BENCH_RAY_DIR": "{scratch}/r",
+    }
+    return Side(name, title, "nearfield", command, CHAT, _chat("chat"), "bench: ready", environment)
+
+
+REGION = _upstream("benchmarks.replica_upstream")
+REPLICAS = (
+    _gateway("nearfield"),
+    _leastconn("leastconn", "HAProxy, leastconn"),
+    _leastconn("leastconn-sized", "HAProxy, leastconn, maxconn = slots", "sized"),
+    _serve("serve", "Ray Serve, power of two choices"),
+    _serve("serve-sized", "Ray Serve, max_ongoing_requests = slots", "sized"),
+)
+
 SUITES: Mapping[str, tuple[Side, ...]] = {
     "embed": EMBED,
     "generate": GENERATE,
     "ingress": INGRESS,
     "edge": EDGE,
+    "replicas": REPLICAS,
 }

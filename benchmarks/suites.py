@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import edge, machine, workload
+from benchmarks import edge, machine, replicas, workload
 from benchmarks.load import Job
-from benchmarks.server import Running, SideFailed, client_environment, running
+from benchmarks.server import (
+    Running,
+    SideFailed,
+    figures_of,
+    helper_environment,
+    load,
+    running,
+)
 from benchmarks.sides import SUITES, Side, tick
 
 LIMIT = "limit"
+LIMITED = frozenset({"embed", "generate", "edge"})
+"""Suites with a limit."""
+PROXIES: dict[str, Callable[..., dict[str, float]]] = {
+    "edge": edge.measure,
+    "replicas": replicas.measure,
+}
+"""Suites that compute nothing, and how they are measured."""
 STREAMS = (1, 4, 16)
 TICKER_STREAMS = 64
 TICKER_PATH = "/ticker/v1/chat/completions"
@@ -42,22 +55,21 @@ def run(suite: str, options: Options) -> dict[str, Any]:
     sides = [s for s in SUITES[suite] if not options.only or s.name in options.only]
     measured: list[dict[str, Any]] = []
     described = machine.describe()
-    weights = Path() if suite == "edge" else workload.encoder_directory()
+    measures = PROXIES.get(suite)
+    weights = Path() if measures else workload.encoder_directory()
     with tempfile.TemporaryDirectory(prefix="nb-data-") as name:
         data = Path(name)
-        if suite != "edge":
+        if measures is None:
             _write_data(data)
         for number in range(1, options.rounds + 1):
             # A limit is a side like any other: what slows the machine must slow it too.
-            if suite != "ingress" and (not options.only or LIMIT in options.only):
+            if suite in LIMITED and (not options.only or LIMIT in options.only):
                 measured.append(_one(number, LIMIT, lambda: _limit(suite, data, options)))
             for side in sides:
 
                 def measure(side: Side = side) -> Figures:
-                    if suite == "edge":
-                        return edge.measure(
-                            side, data, seconds=options.seconds, quick=options.quick
-                        )
+                    if measures is not None:
+                        return measures(side, data, seconds=options.seconds, quick=options.quick)
                     with running(side, data, weights) as server:
                         return {
                             "ready_s": server.started_s,
@@ -75,7 +87,7 @@ def run(suite: str, options: Options) -> dict[str, Any]:
 
 def _write_data(data: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.workload", str(data)]
-    subprocess.run(command, cwd=REPO, env=client_environment({}), check=True, capture_output=True)
+    subprocess.run(command, cwd=REPO, env=helper_environment(), check=True, capture_output=True)
     config = f"""\
 proxy_location: HeadOnly
 http_options: {{host: 127.0.0.1, request_timeout_s: 3660}}
@@ -112,7 +124,7 @@ def _one(number: int, name: str, measure: Any) -> dict[str, Any]:
 _SHOWN = {
     "rps", "alone_p50_ms", "c1_p50_ms", "c32_rps", "c32_p99_ms", "s1_tokens_per_s",
     "s16_tokens_per_s", "alone_ttft_p50_ms", "prefill_p50_ms", "first_ms", "sse_ttft_p50_ms",
-    "sse_gap_p99_ms", "c32_cpu_us", "many_grown_mb", "frozen_mb",
+    "sse_gap_p99_ms", "c32_cpu_us", "many_grown_mb", "frozen_mb", "l60_p99_ms", "l80_p99_ms",
 }  # fmt: skip
 
 
@@ -121,7 +133,7 @@ def _limit(suite: str, data: Path, options: Options) -> Figures:
         return edge.measure(None, data, seconds=options.seconds, quick=options.quick)
     command = [sys.executable, "-m", "benchmarks.limits", suite, str(data)]
     command += ["--quick"] if options.quick else []
-    return _figures(command, None, 300)
+    return figures_of(command, None, 300)
 
 
 def _measure(suite: str, side: Side, server: Running, data: Path, options: Options) -> Figures:
@@ -137,23 +149,23 @@ def _measure(suite: str, side: Side, server: Running, data: Path, options: Optio
 
 
 def _embed(job: Job, options: Options) -> Figures:
-    first = _load(dataclasses.replace(job, requests=1, bodies=job.bodies[-1:]))
+    first = load(dataclasses.replace(job, requests=1, bodies=job.bodies[-1:]))
     figures = {"first_ms": first["p50_ms"]}
     warmup_s = 0.3 if options.quick else 1.5
     for connections in (1, 32):
         part = dataclasses.replace(job, connections=connections, warmup_s=warmup_s)
-        figures |= _prefixed(f"c{connections}", _load(part))
+        figures |= _prefixed(f"c{connections}", load(part))
     return figures
 
 
 def _generate(job: Job, options: Options) -> Figures:
     stream = dataclasses.replace(job, stream=True)
     figures = {
-        "first_ms": _load(dataclasses.replace(stream, requests=1, bodies=job.bodies[-1:]))["p50_ms"]
+        "first_ms": load(dataclasses.replace(stream, requests=1, bodies=job.bodies[-1:]))["p50_ms"]
     }
     # Each prompt once, as the limit's bare prefill has them; the windows below end before that.
     short = [{**body, "max_tokens": 4} for body in job.bodies]
-    alone = _load(dataclasses.replace(stream, requests=len(short), bodies=short))
+    alone = load(dataclasses.replace(stream, requests=len(short), bodies=short))
     figures |= {
         "alone_ttft_p50_ms": alone["ttft_p50_ms"],
         "alone_ttft_p99_ms": alone["ttft_p99_ms"],
@@ -161,8 +173,8 @@ def _generate(job: Job, options: Options) -> Figures:
     for streams in STREAMS:
         part = dataclasses.replace(stream, connections=streams)
         if not options.quick:
-            _load(dataclasses.replace(part, requests=streams, bodies=job.bodies[-streams:]))
-        figures |= _prefixed(f"s{streams}", _load(part))
+            load(dataclasses.replace(part, requests=streams, bodies=job.bodies[-streams:]))
+        figures |= _prefixed(f"s{streams}", load(part))
     return figures
 
 
@@ -175,34 +187,9 @@ def _ticks(job: Job, options: Options) -> Figures:
         connections=TICKER_STREAMS,
         stream=True,
     )
-    _load(dataclasses.replace(ticker, requests=TICKER_STREAMS))
-    alone = _load(dataclasses.replace(ticker, connections=1, seconds=min(2, options.seconds)))
-    return _prefixed("sse1", alone) | _prefixed("sse", _load(ticker))
-
-
-def _load(job: Job) -> Figures:
-    command = [sys.executable, "-m", "benchmarks.load"]
-    limit_s = job.warmup_s + job.seconds + job.timeout_s + 30
-    return _figures(command, json.dumps(dataclasses.asdict(job)), limit_s)
-
-
-def _figures(command: list[str], stdin: str | None, limit_s: float) -> Figures:
-    try:
-        done = subprocess.run(
-            command,
-            cwd=REPO,
-            env=client_environment({}),
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=limit_s,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise SideFailed(f"no result within {limit_s:.0f} s") from error
-    if done.returncode != 0:
-        raise SideFailed(done.stderr.strip()[-600:])
-    figures: Figures = json.loads(done.stdout)
-    return figures
+    load(dataclasses.replace(ticker, requests=TICKER_STREAMS))
+    alone = load(dataclasses.replace(ticker, connections=1, seconds=min(2, options.seconds)))
+    return _prefixed("sse1", alone) | _prefixed("sse", load(ticker))
 
 
 def _prefixed(prefix: str, figures: Figures) -> Figures:

@@ -36,7 +36,8 @@ class Verdict:
 
 def of(suite: str, figures: Figures) -> list[Verdict]:
     """The suite's bars; medians over the rounds decide."""
-    return {"embed": _embed, "generate": _generate, "ingress": _none, "edge": _edge}[suite](figures)
+    bars = {"embed": _embed, "generate": _generate, "edge": _edge, "replicas": _replicas}
+    return bars[suite](figures) if suite in bars else []
 
 
 def best_peer(
@@ -122,8 +123,19 @@ def _edge(figures: Figures) -> list[Verdict]:
     ]
 
 
-def _none(_: Figures) -> list[Verdict]:
-    return []
+def _replicas(figures: Figures) -> list[Verdict]:
+    """Against every peer, at each load."""
+    loads = {"l60": "60 %", "l80": "80 %"}
+    return [
+        _below(
+            f"p99 at {share}, below that of {side.title}",
+            figures.median(GATEWAY, f"{key}_p99_ms"),
+            figures.median(side.name, f"{key}_p99_ms"),
+        )
+        for side in SUITES["replicas"]
+        if not side.ours
+        for key, share in loads.items()
+    ]
 
 
 def _times_peer(
@@ -144,6 +156,12 @@ def _at_most(bar: str, value: float | None, most: float | None, unit: str = "ms"
     if value is None or most is None:
         return Verdict(bar, "–", "–", "not measured")
     return Verdict(bar, f"≤ {most:.2f} {unit}", f"{value:.2f} {unit}", _outcome(value <= most))
+
+
+def _below(bar: str, value: float | None, other: float | None) -> Verdict:
+    if value is None or other is None:
+        return Verdict(bar, "–", "–", "not measured")
+    return Verdict(bar, f"< {other:.1f} ms", f"{value:.1f} ms", _outcome(value < other))
 
 
 def _outcome(met: bool) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 MAX_TOKENS = 200
 """Every answer of the generate suite is exactly this long."""
-KEY_ID, SECRET = "bench001", "0123456789abcdef0123456789abcdef"
+KEY_ID, SECRET = "benchbench22", "0123456789" * 4 + "abc"
 KEY = f"nf_{KEY_ID}_{SECRET}"
-"""What the edge suite's client authenticates with."""
+"""What clients authenticate with where somebody asks for it."""
 
 _SUBJECTS = [
     "the ferry", "a tired engineer", "our neighbour", "the northern region",

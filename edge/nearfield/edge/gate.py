@@ -28,11 +28,18 @@ import asyncio
 import hashlib
 import re
 import time
+from collections.abc import Iterable
 from typing import Any, Final
 
 import msgspec
 from nearfield.api.keys import KeyTable, Principal, Scope
-from nearfield.api.passport import HEADER, Passport, PassportKeys, PassportKeyUnknown
+from nearfield.api.passport import (
+    HEADER,
+    Criticality,
+    PassportKeys,
+    PassportKeyUnknown,
+    bearer_part,
+)
 from nearfield.core.errors import BadRequest, DeadlineExceeded, NearfieldError, NotFound
 from nearfield.core.spec import NAME_PATTERN
 from nearfield.edge.decisions import Admission, Kind
@@ -99,18 +106,33 @@ _decode_more = msgspec.json.Decoder(_More).decode
 
 
 class _Known:
-    """A key's principal, and what of it every request needs."""
+    """A key's principal, and what of it every request needs.
 
-    __slots__ = ("caller", "jurisdictions", "models", "principal")
+    Attributes:
+        bearer: what its passports have in common; None: they name the model that is asked.
+    """
+
+    __slots__ = ("bearer", "caller", "principal")
 
     def __init__(self, principal: Principal, caller: Caller) -> None:
         self.principal = principal
         self.caller = caller
-        self.models = _listed(principal.models)
-        self.jurisdictions = _listed(principal.jurisdictions)
+        models = principal.models
+        several = models is not None and len(models) > MOST_LISTED_MODELS
+        self.bearer = None if several else _bearer(principal, models)
 
 
-def _listed(names: frozenset[str] | None) -> tuple[str, ...] | None:
+def _bearer(principal: Principal, models: Iterable[str] | None) -> bytes:
+    return bearer_part(
+        principal.tenant,
+        principal.product,
+        principal.key_id,
+        _listed(models),
+        _listed(principal.jurisdictions),
+    )
+
+
+def _listed(names: Iterable[str] | None) -> tuple[str, ...] | None:
     return None if names is None else tuple(sorted(names))
 
 
@@ -475,25 +497,19 @@ def _counted(admission: Admission) -> int:
 
 
 def _passport(keys: PassportKeys, request: Request, admission: Admission, known: _Known) -> bytes:
-    principal = admission.principal
-    models = known.models
-    if models is not None and len(models) > MOST_LISTED_MODELS:
-        models = (request.model or "",)
+    part = known.bearer
+    if part is None:
+        part = _bearer(admission.principal, (request.model or "",))
+    criticality: Criticality = CRITICALITIES[admission.criticality]  # type: ignore[assignment]
     now_ms = int(time.time() * 1000)
     left_ms = max(1, int((request.deadline_s - time.monotonic()) * 1000))
-    return keys.sign(
-        Passport(
-            principal.tenant,
-            principal.product,
-            principal.key_id,
-            models,
-            known.jurisdictions,
-            request.request_id.decode("ascii"),
-            CRITICALITIES[admission.criticality],  # type: ignore[arg-type]  # the same names
-            now_ms,
-            now_ms + min(left_ms, PASSPORT_MS),
-            now_ms + left_ms,
-        )
+    return keys.sign_for(
+        part,
+        request.request_id.decode("ascii"),
+        criticality,
+        issued_ms=now_ms,
+        expires_ms=now_ms + min(left_ms, PASSPORT_MS),
+        deadline_ms=now_ms + left_ms,
     )
 
 

@@ -45,6 +45,7 @@ _KID = re.compile(r"[A-Za-z0-9_-]{1,32}")
 _MOST_KEYS = 2
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _decode = json.JSONDecoder().decode
+_quote = json.encoder.encode_basestring_ascii
 
 
 class PassportError(Unauthenticated):
@@ -128,6 +129,20 @@ class Passport:
             )
 
 
+def bearer_part(
+    tenant: str,
+    product: str | None,
+    key_id: str,
+    models: tuple[str, ...] | None,
+    jurisdictions: tuple[str, ...] | None,
+) -> bytes:
+    """The part of a passport that is the same for all requests of one key, ready to be signed."""
+    claims = _encode((tenant, product, key_id, models, jurisdictions))
+    text = (claims[:-1] + ",").encode()
+    # Whole groups of base64, so that more can follow: JSON allows the blanks.
+    return _to_base64(text.ljust(-(-len(text) // 3) * 3))
+
+
 class PassportKeys:
     """The secrets by key id, oldest first, and which of them signs."""
 
@@ -155,21 +170,35 @@ class PassportKeys:
 
     def sign(self, passport: Passport) -> bytes:
         """The header's value."""
-        payload = _encode(
-            (
+        return self.sign_for(
+            bearer_part(
                 passport.tenant,
                 passport.product,
                 passport.key_id,
                 passport.models,
                 passport.jurisdictions,
-                passport.request_id,
-                passport.criticality,
-                passport.issued_ms,
-                passport.expires_ms,
-                passport.deadline_ms,
-            )
+            ),
+            passport.request_id,
+            passport.criticality,
+            issued_ms=passport.issued_ms,
+            expires_ms=passport.expires_ms,
+            deadline_ms=passport.deadline_ms,
         )
-        signed = self._head + _to_base64(payload.encode())
+
+    def sign_for(
+        self,
+        bearer: bytes,
+        request_id: str,
+        criticality: Criticality,
+        *,
+        issued_ms: int,
+        expires_ms: int,
+        deadline_ms: int,
+    ) -> bytes:
+        """The header's value, for one of many requests of the same `bearer`."""
+        who = f"{_quote(request_id)},{_quote(criticality)}"
+        claims = f"{who},{issued_ms},{expires_ms},{deadline_ms}]"
+        signed = self._head + bearer + _to_base64(claims.encode())
         return signed + b"." + _to_base64(self._mac(signed))
 
     def verify(self, header: bytes, *, now_ms: int, clock_skew_ms: int = CLOCK_SKEW_MS) -> Passport:

@@ -45,9 +45,9 @@ class Connection(asyncio.Protocol):
     """One client. The far side of `Exchange.Client`."""
 
     __slots__ = (
-        "_ahead", "_chunked", "_close", "_exchange", "_first", "_held_bytes", "_minor", "_paused",
-        "_peer", "_proxy", "_reader", "_request", "_since_s", "_state", "_too_much", "_transport",
-        "_unread", "due_s", "timer",
+        "_ahead", "_chunked", "_close", "_exchange", "_first", "_head", "_held_bytes", "_minor",
+        "_paused", "_peer", "_proxy", "_reader", "_request", "_since_s", "_state", "_too_much",
+        "_transport", "_unread", "due_s", "timer",
     )  # fmt: skip
     _transport: asyncio.Transport
 
@@ -62,6 +62,7 @@ class Connection(asyncio.Protocol):
         self._minor = b"1"
         self._close = False  # after the present answer
         self._chunked = False  # the present answer
+        self._head = b""  # of an answer whose body comes with it: not sent yet
         self._too_much = False  # the client does not read
         self._paused = False  # we do not read
         self._unread = False  # part of the request is still to come, and not wanted
@@ -282,10 +283,17 @@ class Connection(asyncio.Protocol):
         elif self._minor == b"0":
             parts.append(b"connection: keep-alive\r\n")
         line = STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
-        self._transport.write(b"%b%b\r\n" % (line, b"".join(parts)))
+        whole = b"%b%b\r\n" % (line, b"".join(parts))
+        if length:
+            self._head = whole  # each write goes to the kernel at once: one will do
+        else:
+            self._transport.write(whole)
 
     def write(self, data: bytes) -> None:
-        if not self._chunked:
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.writelines((head, data))
+        elif not self._chunked:
             self._transport.write(data)
         elif len(data) <= SMALL_WRITE_BYTES:
             self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
@@ -295,16 +303,25 @@ class Connection(asyncio.Protocol):
     def end(self) -> None:
         if self._chunked:
             self._transport.write(b"0\r\n\r\n")
+        else:
+            self._send_head()  # of a HEAD's answer, which has a length and no body
 
     def abort(self) -> None:
         self._close = True
+        self._send_head()
         reset(self._transport)
+
+    def _send_head(self) -> None:
+        if self._head:
+            self._transport.write(self._head)
+            self._head = b""
 
     def answer(self, answer: Answer) -> None:
         self.begin(answer.status, fields_of(answer, self._proxy.dates.now()), len(answer.body))
         request = self._request
         if answer.body and request is not None and request.method != b"HEAD":
-            self._transport.write(answer.body)
+            self.write(answer.body)
+        self.end()
 
     # ---- refusing and closing ---------------------------------------------------------------
 

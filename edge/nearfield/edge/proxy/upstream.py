@@ -105,10 +105,7 @@ class Upstream(asyncio.Protocol):
         """Ask; `bodiless`: the answer to a HEAD has none, whatever it says."""
         self.receiver = receiver
         self._bodiless = bodiless
-        transport = self.transport
-        transport.write(head)
-        if body:
-            transport.write(body)
+        self.transport.writelines((head, body) if body else (head,))  # one write each costs two
 
     def pause(self) -> None:
         """Read no more until `resume`, or until the answer is over."""

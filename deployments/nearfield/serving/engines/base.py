@@ -356,13 +356,17 @@ class FunctionEngine(LoopEngine):
                 raise BadRequest("input must be text: this model takes no tokens", param="input")
             vectors = np.asarray(await _run(self.embed, texts), dtype=np.float32)
             return Embedded(vectors, sum(len(t.split()) for t in texts), timings())
-        tokens = 0
+        tokens, first_s = 0, None
         async for text in _texts(self.generate, request):
             tokens += 1
+            first_s = first_s or time.monotonic()
             self._emit([(request_id, Text(text))])
         self._emit([(request_id, Text("", tokens=0, finish_reason="stop"))])
         words = len(str(request.prompt or request.messages).split())
-        return Completed(words, tokens, timings())
+        ended_s = time.monotonic()
+        first_s = first_s or ended_s
+        prefill_s, decode_s = first_s - started_s, ended_s - first_s
+        return Completed(words, tokens, Timings(started_s, 0.0, prefill_s, decode_s))
 
 
 async def _run(function: Callable[..., Any], *args: Any) -> Any:

@@ -189,3 +189,13 @@ class TestNoAnswer:
         assert measure(status=0, error=error, failure="cancelled", complete=False) == (100, None)
         assert measure(status=0, error=error, failure="refused", complete=False) == (0, None)
         assert measure(status=0, error=error, sent=False, complete=False) == (0, None)
+
+
+def test_what_another_gateway_refuses_as_one_that_kills_is_refused_here_too() -> None:
+    suspects, request = Suspects(), request_of({"poison": 1})
+    meter = Meter(request, granted().about, Charged(), suspects)
+    meter.on_head(422, [*JSON, (b"x-nearfield-error-code", b"request_quarantined")])
+    meter.on_end(Outcome(request), complete=True)
+    refused = suspects.convicted(request)
+    assert refused is not None
+    assert refused.code == "request_quarantined"

@@ -107,8 +107,15 @@ def test_who_outlived_the_time_in_which_requests_kill_is_hardly_suspected(
 
 def test_a_trial_is_as_long_as_a_prompt_takes() -> None:
     assert trial_s(0.01) == 0.1
-    assert trial_s(2.0) == 4.0
-    assert suspicion(Record(1, 0.0), alone=False, inside_s=3.0, first_byte_s=2.0) == "fresh"
+    assert trial_s(2.0) == 2.0
+    assert suspicion(Record(1, 0.0), alone=False, inside_s=1.5, first_byte_s=2.0) == "fresh"
+
+
+def test_what_another_gateway_found_guilty_is() -> None:
+    quarantine = died(Quarantine(), 10.0, A, B).convicted(A, 11.0)
+    assert quarantine.standing(A, 12.0) == "quarantined"
+    assert quarantine.standing(B, 12.0) == "suspect"
+    assert quarantine.standing(A, 11.0 + 600.0) == "clear"
 
 
 def test_the_sender_is_told() -> None:

@@ -31,9 +31,9 @@ KILLS = 2
 """Deaths that convict a body, the last of them in its trial or with nothing else inside."""
 TOGETHER_S = 1.0
 """Deaths within so long of each other are one event."""
-QUICK_S, QUICK_TIMES = 0.1, 2.0
-"""What kills a replica mostly does so while its prompt is read: within so long, or so many times
-what its first byte was expected to take. See `suspicion`."""
+QUICK_S = 0.1
+"""What kills a replica mostly does so while its prompt is read: within so long, or as long as its
+first byte was expected to take. See `suspicion`."""
 SUSPECT_S = 300.0
 """How long a suspect is remembered that does not come again."""
 QUARANTINE_S = 600.0
@@ -79,6 +79,12 @@ class Quarantine:
         if record is None or now_s >= record.until_s:
             return "clear"
         return "quarantined" if record.convicted else "suspect"
+
+    def convicted(self, body: bytes, now_s: float) -> Quarantine:
+        """Another gateway has found one with this fingerprint guilty."""
+        records = {k: r for k, r in self.records.items() if k != body}
+        records[body] = Record(KILLS, now_s + QUARANTINE_S, convicted=True)
+        return Quarantine(_bounded(records), self.recent)
 
     def absolved(self, body: bytes) -> Quarantine:
         """One with this fingerprint was answered to the end: it does not kill."""
@@ -160,7 +166,7 @@ def suspicion(record: Record, *, alone: bool, inside_s: float, first_byte_s: flo
 
 def trial_s(first_byte_s: float) -> float:
     """How long it takes to see that a request does not kill as most do that do."""
-    return max(QUICK_S, QUICK_TIMES * first_byte_s)
+    return max(QUICK_S, first_byte_s)
 
 
 def may_try(body: bytes, *, trying: Collection[bytes], suspects_there: int) -> bool:

@@ -24,7 +24,7 @@ import re
 from typing import Final
 
 from nearfield.api.error_bodies import ERROR_CODE
-from nearfield.core.errors import EngineFailed
+from nearfield.core.errors import EngineFailed, Unprocessable
 from nearfield.edge.decisions import Admission, Tokens
 from nearfield.edge.proxy.ports import NEVER_SENT, Fields, Outcome, Request
 from nearfield.edge.suspects import Suspects
@@ -49,6 +49,7 @@ _INPUT, _CACHED, _OUTPUT = (
 )
 """Larger is no number of tokens."""
 _CRASHED: Final = b"engine_crashed"
+_QUARANTINED: Final = b"request_quarantined"
 _BROKEN: Final = b'data: {"error"'
 _CODE: Final = re.compile(rb'"code"\s*:\s*"([a-z0-9_]{1,64})"')
 """Of an error. Inside its message the quotes would be escaped."""
@@ -92,7 +93,7 @@ class Meter:
                 self._is_stream = value.startswith(b"text/event-stream")
             elif name == b"content-encoding":
                 self._legible = False
-        if status == EngineFailed.status:
+        if status in (EngineFailed.status, Unprocessable.status):
             self._told = dict(fields).get(ERROR_CODE, b"")
 
     def on_data(self, data: bytes) -> None:
@@ -127,7 +128,9 @@ class Meter:
         """Whether the body is one that kills."""
         if self._told == _CRASHED:
             self._suspects.crashed(self._request)
-        elif complete and not self._told and 0 < self.status < 500 and self._suspects.any:
+        elif self._told == _QUARANTINED:
+            self._suspects.convicted_elsewhere(self._request)
+        elif complete and not self.broken and 0 < self.status < 500 and self._suspects.any:
             self._suspects.answered(self._request)
 
     def _charge(self, outcome: Outcome) -> int:

@@ -70,6 +70,11 @@ class Suspects:
             book, _ = self._book.blamed([(_name(request), True)], self._clock())
             self._keep(book)
 
+    def convicted_elsewhere(self, request: Request) -> None:
+        """The gateway that had it refused it as one that kills: so do we, lest others be tried."""
+        if request.body:
+            self._keep(self._book.convicted(_name(request), self._clock()))
+
     def died(self, inside: Iterable[Attempt]) -> None:
         """A replica is gone that had these tries. Some are on trial from now on: see `suspicion`.
 

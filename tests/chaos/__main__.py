@@ -31,6 +31,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--regions", type=int, choices=sorted(PLACES), default=3)
     parser.add_argument("--only", default=",".join(EXPERIMENTS), help="names, with commas")
     parser.add_argument("--report", type=Path, help="Markdown; results are kept beside it")
+    parser.add_argument("--folder", type=Path, help="for logs and state; kept; else a new one")
     parser.add_argument("--keep", action="store_true", help="add to the results that are there")
     given = parser.parse_args(arguments)
     given.only = given.only.split(",")
@@ -51,8 +52,8 @@ def main(arguments: list[str]) -> int:
     documents = []
     unfiltered = faults.no_packet_filter()
     with (
-        tempfile.TemporaryDirectory(prefix="nearfield-chaos-") as folder,
-        World(Path(folder), PLACES[given.regions], say) as world,
+        tempfile.TemporaryDirectory(prefix="nearfield-chaos-") as scratch,
+        World(given.folder or Path(scratch), PLACES[given.regions], say) as world,
     ):
         for name in given.only:
             experiment = EXPERIMENTS[name]

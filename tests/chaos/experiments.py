@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import httpx
 from nearfield.edge.idempotency import LEASE_S
 
 from tests.chaos import faults
@@ -27,6 +28,7 @@ BEFORE, UNTIL = 0.3, 0.75
 """Shares of the requests that are sent before the fault, and before what can be healed is."""
 RATE = 40.0
 DEADLY = 50
+MOST_BELIEFS = 6
 UPGRADE_S = 60.0
 """A load is to last longer than an upgrade."""
 Act = Callable[[Load], Awaitable[Fault]]
@@ -34,15 +36,14 @@ Act = Callable[[Load], Awaitable[Fault]]
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """requests: of each run. seed: another one for each repetition. timed: hold it to the times."""
+    """requests: of each run. seed: another one for each repetition. timed: hold it to the times.
+    name: begins the ids of its requests.
+    """
 
     requests: int
     seed: int = 1
     timed: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"r{self.seed}{time.time_ns() % 10**8:08d}"
+    name: str = field(default_factory=lambda: f"r{time.time_ns() % 10**10:010d}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +72,13 @@ class Run:
     fault: Fault = field(default=Fault(0.0))
 
     async def under_load(
-        self, requests: Sequence[Planned], act: Act, bars: Bars, *, records_lost: bool = False
+        self, requests: Sequence[Planned], act: Act, bars: Bars, *, gateway_killed: bool = False
     ) -> Tally:
         """Send the requests, `act` once some of them are sent, and close the books.
 
         Args:
-            records_lost: usage may be missing: a gateway was killed.
+            gateway_killed: it is started again before its usage is counted: what it had written
+                down then goes to the ledger, and what it had not is lost.
         """
         load = Load(self.world.doors, self.world.keys)
         since_s = time.time()
@@ -88,25 +90,43 @@ class Run:
             running.cancel()
             raise
         self.answers = await running
+        await load.close()
         self.executions = await asyncio.to_thread(self.world.executions)
         tally = account(self.answers, self.executions, fault, self.world.jurisdictions)
         self.missed += misses(tally, self.answers, bars, timed=self.size.timed)
-        await self._bill(tally, since_s, records_lost=records_lost)
+        self.notes += await asyncio.to_thread(self._beliefs)
+        if gateway_killed:
+            await asyncio.to_thread(self.world.recover)
+        await self._bill(tally, since_s, may_miss=gateway_killed)
         return tally
 
-    async def _bill(self, tally: Tally, since_s: float, *, records_lost: bool) -> None:
+    def _beliefs(self) -> list[str]:
+        """What an edge came to believe from the fault on, and when."""
+        now_s = time.monotonic()
+        try:
+            changes = self.world.status("edge-1")["changes"]
+        except httpx.TransportError:  # it was killed
+            changes = self.world.status("edge-2")["changes"]
+        after = [(now_s - change["ago_s"] - self.fault.began_s, change) for change in changes]
+        return [
+            f"after {after_s:.1f} s {change['name']} {change['after']}: {change['reason']}"
+            for after_s, change in reversed(after[:MOST_BELIEFS])
+            if after_s > -1.0
+        ]
+
+    async def _bill(self, tally: Tally, since_s: float, *, may_miss: bool) -> None:
         """Every good answer is charged once. What a client did not wait for may be charged too."""
         good, deadline_s = tally.of("ok"), time.monotonic() + LEDGER_S
         while True:
             charged = await asyncio.to_thread(self.world.billed, since_s)
-            if charged >= good or time.monotonic() > deadline_s or records_lost:
+            if charged >= good or time.monotonic() > deadline_s:
                 break
             await asyncio.sleep(0.2)
         if charged > good + tally.of("lost"):
             self.missed.append(f"{charged} charged for {good} good answers")
-        if charged < good and not records_lost:
+        if charged < good and not may_miss:
             self.missed.append(f"{charged} charged of {good} good answers")
-        if charged < good:
+        elif charged < good:
             self.notes.append(f"{good - charged} usage records went with the gateway")
 
     def went(self, tenant: str) -> str:
@@ -219,22 +239,21 @@ async def upgrade(world: World, size: Size) -> Result:
 
 
 async def deadly(world: World, size: Size, how: str) -> Result:
-    """F14: one body that kills whatever runs it, sent fifty times amid others."""
+    """F14: one body that kills whatever runs it, amid others; its client never gives up."""
     run = Run(world, size)
-    rate = RATE * DEADLY / size.requests / (1 - BEFORE)
-    bodies = planned(DEADLY, rate, name=size.name, seed=size.seed + 1, streams=0.0)
-    poison = with_all(bodies, id=f"{size.name}-poison", words=f"die:{how}", tenant=ANYBODY)
-    poisoned = Load(world.doors, world.keys)
+    poison = Planned(f"{size.name}-poison", 0.0, ANYBODY, words=f"die:{how}", deadline_s=30.0)
+    answers: list[Answer] = []
 
     async def act(load: Load) -> Fault:
         began_s = time.monotonic()
-        await poisoned.run(poison)
+        while len(answers) < DEADLY:
+            answers.append(await load.ask(poison, time.monotonic()))
         return Fault(began_s)
 
     requests = planned(size.requests, RATE, name=size.name, seed=size.seed)
     tally = await run.under_load(requests, act, Bars(failover_s=None, p99_times=None))
-    deaths = [each for each in run.executions if each.id == f"{size.name}-poison"]
-    statuses = Counter(f"{answer.status or answer.kind}" for answer in poisoned.answers)
+    deaths = [each for each in run.executions if each.id == poison.id]
+    statuses = Counter(f"{answer.status or answer.kind}" for answer in answers)
     said = ", ".join(f"{count} × {status}" for status, count in statuses.most_common())
     run.notes.append(f"{len(deaths)} runs of the poison; answered {said}")
     # An engine that dies is started once more inside its replica before the request is blamed.
@@ -298,7 +317,9 @@ async def freeze_region(world: World, size: Size) -> Result:
     async def act(load: Load) -> Fault:
         return await _healed(faults.frozen(pids), load, size.requests)
 
-    bars = Bars(may_refuse=_bound_if_alone(world, "eu-west"), runs_twice=True, p99_s=2.0)
+    bars = Bars(
+        may_refuse=_bound_if_alone(world, "eu-west"), runs_twice=True, failover_s=3.0, p99_s=2.0
+    )
     requests = planned(size.requests, RATE, name=size.name, seed=size.seed)
     tally = await run.under_load(requests, act, bars)
     run.notes += [run.went(BOUND), run.went(ANYBODY)]
@@ -332,7 +353,12 @@ async def _failing(world: World, size: Size, status: int) -> Result:
         await load.reached(size.requests)
         return Fault(began_s)
 
-    bars = Bars(errors=0.01, may_refuse=_bound_if_alone(world, "eu-west"), failover_s=None)
+    bars = Bars(
+        errors=0.01,
+        may_refuse=_bound_if_alone(world, "eu-west"),
+        says_when=False,
+        failover_s=None,
+    )
     requests = planned(size.requests, RATE, name=size.name, seed=size.seed)
     tally = await run.under_load(requests, act, bars)
     run.notes += [run.went(BOUND), run.went(ANYBODY)]
@@ -470,7 +496,7 @@ async def kill_gateway(world: World, size: Size) -> Result:
         keyed=True,
     )
     bars = Bars(failover_s=LEASE_S + 1.5, p99_times=None)
-    tally = await run.under_load(requests, act, bars, records_lost=True)
+    tally = await run.under_load(requests, act, bars, gateway_killed=True)
     return Result("gateway killed", tally, tuple(run.missed), tuple(run.notes))
 
 

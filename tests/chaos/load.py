@@ -108,17 +108,19 @@ class Load:
         """Send them all, each in its turn; the answers once the last one has come."""
         began_s = time.monotonic()
         tasks = []
-        async with self._client:
-            for request in requests:
-                due_s = began_s + request.after_s
-                wait_s = due_s - time.monotonic()
-                if wait_s > 0:
-                    await asyncio.sleep(wait_s)
-                self.sent += 1
-                self._note()
-                tasks.append(asyncio.create_task(self._see_to(request, due_s)))
-            await asyncio.gather(*tasks)
+        for request in requests:
+            due_s = began_s + request.after_s
+            wait_s = due_s - time.monotonic()
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+            self.sent += 1
+            self._note()
+            tasks.append(asyncio.create_task(self._see_to(request, due_s)))
+        await asyncio.gather(*tasks)
         return self.answers
+
+    async def close(self) -> None:
+        await self._client.aclose()
 
     async def reached(self, sent: int) -> None:
         """Until so many have been sent."""
@@ -130,10 +132,10 @@ class Load:
         self._changed = asyncio.Event()
 
     async def _see_to(self, request: Planned, due_s: float) -> None:
-        self.answers.append(await self._ask(request, due_s))
+        self.answers.append(await self.ask(request, due_s))
         self._note()
 
-    async def _ask(self, request: Planned, due_s: float) -> Answer:
+    async def ask(self, request: Planned, due_s: float) -> Answer:
         """Send it, and again as far as its client does, until its deadline."""
         until_s = due_s + request.deadline_s
         sendings, door = 0, 0

@@ -29,6 +29,8 @@ from nearfield.serving.engines.base import EngineContext, FunctionEngine
 from tests.chaos.ledger import Execution
 
 TOKENS = 4
+PREFILL = 0.1
+"""Share of the time until the first of them."""
 DEATH_S = 10.0
 """Longer than it takes a process to notice that it was killed."""
 
@@ -70,8 +72,10 @@ class Stub(FunctionEngine):
             self._fail_perhaps()
             self._die_perhaps(words.get("die"))
             ended = "cancelled"
+            hold_s = float(words.get("hold", 0))
             for number in range(tokens):
-                await asyncio.sleep(float(words.get("hold", 0)) / tokens)
+                share = (1 - PREFILL) / (tokens - 1) if number else PREFILL
+                await asyncio.sleep(share * hold_s)
                 if number == tokens - 1:
                     ended = "done"
                     self._note(id_, ended)
@@ -131,7 +135,7 @@ def _read(path: Path) -> Iterator[Execution]:
         if event == "begun":
             open_.setdefault(id_, []).append(at_s)
         else:
-            yield Execution(id_, region, open_[id_].pop(0), event)
+            yield Execution(id_, region, open_[id_].pop(0), event, at_s)
     region = path.name.rpartition("-")[0]
     for id_, begun in open_.items():
         for begun_s in begun:

@@ -50,6 +50,8 @@ SETTLE_S = 90.0
 LEDGER_S = 10.0
 """Usage on its way into the ledger."""
 OPERATOR = "operator"
+GATEWAYS = 8
+"""Ports for them: those of two worlds are the same or have nothing in common."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class Place:
     replicas: int = 2
 
 
-EU_WEST = Place("eu-west", BOUND, "Dublin", 53.33, -6.25, 0.02)
+EU_WEST = Place("eu-west", BOUND, "Dublin", 53.33, -6.25, 0.02, replicas=3)
 EU_NORTH = Place("eu-north", BOUND, "Stockholm", 59.33, 18.07, 0.04)
 US_EAST = Place("us-east", "us", "Ashburn", 39.04, -77.49, 0.09)
 EDGES = ("edge-1", "edge-2")
@@ -153,8 +155,9 @@ class World:
             scope = "platform" if tenant == OPERATOR else "inference"
             form = parse(NewKey, {"tenant": tenant, "scopes": [scope]})
             self.keys[tenant] = office.create_key(form)[1]
-        for name in (*(place.name for place in self.places), *EDGES):
-            self._port_of[name] = self._ports.next_free(18_081, "127.0.0.1")
+        names = [*(place.name for place in self.places), *EDGES]
+        first = self._ports.block(GATEWAYS)
+        self._port_of = {name: first + number for number, name in enumerate(names)}
         self._wires = Wires({place.name: self._port_of[place.name] for place in self.places})
         for place in self.places:
             self.wire(place.name)

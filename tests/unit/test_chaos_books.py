@@ -44,7 +44,7 @@ def answer(
 
 
 def ran(id_: str = "a", region: str = "eu-west", *, done: bool = True) -> Execution:
-    return Execution(id_, region, 11.0, "done" if done else None)
+    return Execution(id_, region, 11.0, "done", 12.0) if done else Execution(id_, region, 11.0)
 
 
 def missed(answers: list[Answer], runs: list[Execution], bars: Bars | None = None) -> list[str]:
@@ -74,6 +74,13 @@ def test_a_run_that_was_cut_short_is_none_that_was_executed() -> None:
     assert (tally.begun, tally.again, tally.duplicated) == (2, 1, 0)
     assert missed([answer()], [ran(), ran(region="us-east")]) == ["1 executed twice"]
     assert missed([answer()], [ran(), ran()], Bars(runs_twice=True)) == []
+
+
+def test_a_run_that_ended_as_its_replica_died_may_be_made_again() -> None:
+    first = Execution("a", "eu-west", 9.0, "done", FAULT.began_s - 0.01)
+    tally = account([answer()], [first, ran()], FAULT, PLACES)
+    assert (tally.duplicated, tally.raced) == (1, 1)
+    assert missed([answer()], [first, ran()]) == []
 
 
 def test_runs_of_others_do_not_count() -> None:
@@ -156,7 +163,7 @@ def test_an_engine_that_died_leaves_its_runs_open(tmp_path: Path) -> None:
     lines = [json.dumps([id_, "eu-west", event, at_s]) for id_, event, at_s in events]
     (tmp_path / "eu-west-7.runs").write_text("\n".join(lines) + "\n")
     assert executions(tmp_path) == [
-        Execution("a", "eu-west", 1.0, "done"),
+        Execution("a", "eu-west", 1.0, "done", 3.0),
         Execution("b", "eu-west", 2.0),
         Execution("a", "eu-west", 4.0),
     ]

@@ -139,6 +139,12 @@ async def test_an_upstream_that_ends_the_connection(reset: bool, replayable: boo
             assert (found.error["code"], found.error["type"]) == ("upstream_failed", "server_error")
 
 
+async def test_what_may_be_sent_again_is_told_when() -> None:
+    async with in_turn(sends(b""), retries=Careful(max_attempts=1)) as (proxy, _):
+        found = await proxy.ask(post())
+        assert (found.status, found.headers["retry-after"]) == (503, "1")
+
+
 @pytest.mark.parametrize(
     "raw",
     [

@@ -273,7 +273,7 @@ class Exchange:
         if self._proxy.retries.again(self.request, self._grant, self.outcome.attempts):
             self._pick()
         else:
-            self._reply(_failure(kind))
+            self._reply(_failure(kind, harmless=self._grant.replayable))
 
     def on_head(
         self, attempt: Try, status: int, fields: list[tuple[bytes, bytes]], length: int | None
@@ -503,9 +503,13 @@ class Exchange:
         attempt.cancel()
 
 
-def _failure(kind: FailureKind) -> NearfieldError:
-    """What the caller is told when no target gave a complete answer."""
-    if kind in ("refused", "connect_timeout", "abandoned"):
+def _failure(kind: FailureKind, *, harmless: bool = False) -> NearfieldError:
+    """What the caller is told when no target gave a complete answer.
+
+    Args:
+        harmless: running it again does no harm, also where it may have run.
+    """
+    if kind in ("refused", "connect_timeout", "abandoned") or (harmless and kind == "closed"):
         return Unavailable(
             "No replica of the model can be reached at the moment. Send the request again later.",
             retry_after_s=1.0,

@@ -13,7 +13,7 @@ from tests.chaos import faults
 from tests.chaos.experiments import EXPERIMENTS, Size
 from tests.chaos.world import World
 
-REQUESTS = 240
+REQUESTS = 200
 QUICK = {name: each for name, each in EXPERIMENTS.items() if each.quick}
 
 

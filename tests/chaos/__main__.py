@@ -64,6 +64,8 @@ def main(arguments: list[str]) -> int:
                 say(f"{name}: left out, it needs {experiment.regions} regions")
                 continue
             for repeat in range(given.repeats):
+                if documents:
+                    world.recover()
                 size = Size(given.requests, seed=repeat + 1, timed=True)
                 result = asyncio.run(experiment.run(world, size))
                 documents.append({**result.to_json(), **about})
@@ -78,7 +80,6 @@ def main(arguments: list[str]) -> int:
                 )
                 for note in (*result.notes, *tally.worst):
                     say(f"    {note}")
-                world.recover()
     print(report.render(documents))
     return int(any(document["missed"] for document in documents))
 

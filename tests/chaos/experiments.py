@@ -182,8 +182,10 @@ async def kill_replica(world: World, size: Size) -> Result:
         run.notes.append(f"{inside} in flight in it")
         return Fault(faults.send([pid], signal.SIGKILL))
 
-    requests = planned(size.requests, 60.0, name=size.name, seed=size.seed, hold_s=0.8)
-    tally = await run.under_load(requests, act, Bars())
+    # So long that enough are inside at once; who is run again takes as long as anybody.
+    hold_s = 1.5
+    requests = planned(size.requests, 60.0, name=size.name, seed=size.seed, hold_s=hold_s)
+    tally = await run.under_load(requests, act, Bars(failover_s=hold_s + 1.5))
     return Result("replica killed", tally, tuple(run.missed), tuple(run.notes))
 
 

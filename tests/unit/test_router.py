@@ -55,6 +55,37 @@ def test_a_request_that_may_not_leave_its_region_does_not(confined: str | None) 
     assert (way.region, way.replica) == (("eu", None) if confined else ("us", None))
 
 
+@pytest.mark.parametrize("bound", [None, frozenset({"eu"})])
+async def test_a_suspect_does_not_wait_for_a_region_that_is_lost_meanwhile(
+    bound: frozenset[str] | None,
+) -> None:
+    """It was confined while nobody could tell a dead replica from a dead region."""
+    routing = Routing("a")
+    walk = routing.walk
+    asked, granted = request(walk.now_s), grant(bound)
+    about: Admission = granted.about
+    attempts = [routing.fail(routing.pick(asked, granted, []), "closed", asked, granted)]
+    about.confined, about.trial, about.accused = "eu", b"fingerprint", True
+    waiting = routing.router.pick(asked, granted, attempts)
+    assert isinstance(waiting, asyncio.Future)
+    assert not waiting.done()
+    for _ in range(4):
+        walk.now_s += 1.0
+        for replica in walk.world.replicas():
+            walk.world.replica_silent(replica, "refused", walk.now_s)
+        walk.world.agent_silent("refused", walk.now_s)
+        walk.region("us")
+    assert walk.world.alive.of("eu").health == "down"
+    found = await waiting
+    if bound is None:
+        assert isinstance(found, Way)
+        assert (found.region, found.trial) == ("us", True)
+    else:
+        assert isinstance(found, NearfieldError)
+        assert found.status == 503
+        assert found.retry_after_s is not None
+
+
 def test_the_ingress_is_no_way_around_a_full_replica() -> None:
     """Whoever bounds what runs at an upstream asks what else there is, as if that had failed."""
     routing = Routing("a")

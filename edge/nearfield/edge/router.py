@@ -454,7 +454,10 @@ class WorldRouter:
     ) -> Way | NearfieldError | None:
         """None: later, perhaps."""
         refusal = planned.plan.refusal
-        if refusal is not None and refusal.retry_after_s is None:
+        lost = self._is_lost(_first_region(case.attempts))
+        if lost:  # what ran there is gone: nothing of it runs twice
+            case.admission.confined = None
+        if refusal is not None and (lost or refusal.retry_after_s is None):
             return self._refused(refusal, case)
         return self._alone(planned, case, suspect)
 
@@ -487,6 +490,9 @@ class WorldRouter:
             way.suspect, way.trial = suspect, True
             return way
         return None
+
+    def _is_lost(self, region: str | None) -> bool:
+        return region is not None and self.world.alive.of(region).health == "down"
 
     def _reserve(self, way: Way) -> None:
         assert way.suspect is not None

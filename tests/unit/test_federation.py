@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
 import pytest
-import yaml
 from nearfield.cli import federation as federations
-from nearfield.cli import processes, region_files
 from nearfield.cli import region as regions
+from nearfield.cli import region_files
 from nearfield.cli.commands import up_regions
 from nearfield.cli.federation import Federation, Options, Plan
-from nearfield.cli.gateways import GatewayProcess
 from nearfield.cli.main import main
-from nearfield.core.errors import BadRequest, Conflict, NotFound, Unavailable
+from nearfield.cli.snippets import examples
+from nearfield.core.errors import BadRequest, Conflict, NotFound
 from nearfield.core.federation import RegionFile
+from nearfield.core.spec import ModelSpec
 from nearfield.edge import files
 
-from tests.support.processes import until, write_files
 from tests.unit.test_region import state
 
 ROOT = Path(__file__).parents[2]
@@ -192,61 +186,15 @@ def test_commands_without_a_federation(capsys: pytest.CaptureFixture[str]) -> No
     assert "no region's name" in capsys.readouterr().err
 
 
-# Gateways in the background
+# Words
 
 
-@pytest.fixture
-def gateway(tmp_path: Path, home: Path) -> Iterator[GatewayProcess]:
-    made = GatewayProcess(
-        "eu-west",
-        write_files(tmp_path),
-        home / "gateways" / "eu-west",
-        tmp_path / "log" / "eu-west.log",
-        f"gateway-test-{os.getpid()}",
-    )
-    yield made
-    made.end(drain_timeout_s=0)
-
-
-def test_a_gateway_in_the_background(gateway: GatewayProcess) -> None:
-    assert (gateway.told, gateway.died, gateway.processes()) == (None, False, [])
-    told = gateway.wait_ready(gateway.start(os.environ, workers=2))
-    assert httpx.get(f"{told.url}/healthz").status_code == 200
-    pids = {told.pid, *told.workers}
-    assert {process.pid for process in gateway.processes()} == pids
-    memory = processes.memory_bytes(gateway.processes())
-    assert memory is None or memory > 2**20
-    assert gateway.end(drain_timeout_s=5.0) == 3
-    assert (gateway.told, gateway.died, gateway.processes()) == (None, False, [])
-
-
-def test_a_gateway_that_was_killed_is_known_to_have_died(gateway: GatewayProcess) -> None:
-    gateway.wait_ready(gateway.start(os.environ))
-    for process in gateway.processes():
-        os.kill(process.pid, 9)
-    until(lambda: gateway.told is None)
-    assert gateway.died
-    again = gateway.wait_ready(gateway.start(os.environ))
-    assert httpx.get(f"{again.url}/healthz").status_code == 200
-
-
-def test_one_that_was_replaced_by_hand_is_ended_too(gateway: GatewayProcess) -> None:
-    told = gateway.wait_ready(gateway.start(os.environ))
-    command = [sys.executable, "-m", "nearfield.edge", str(gateway.file), "--take-over"]
-    by_hand = subprocess.Popen([*command, "--state", str(gateway.state)], stdout=subprocess.PIPE)
-    assert by_hand.stdout is not None
-    assert b" ready: " in by_hand.stdout.readline()
-    now = gateway.told
-    assert now is not None
-    assert now.pid == by_hand.pid != told.pid
-    gateway.end(drain_timeout_s=0)
-    assert by_hand.wait(10) != 0
-    assert gateway.told is None
-    by_hand.stdout.close()
-
-
-def test_a_gateway_that_cannot_start_says_why(gateway: GatewayProcess) -> None:
-    data = yaml.safe_load(gateway.file.read_text())
-    gateway.file.write_text(json.dumps({**data, "prot": 1}))
-    with pytest.raises(Unavailable, match=r"eu-west did not start(?s:.*)prot unknown key"):
-        gateway.wait_ready(gateway.start(os.environ))
+def test_examples_take_the_key_from_the_environment_where_one_is_needed() -> None:
+    args = {"model": "chat", "engine": "generate", "source": "builtin://abacus"}
+    models = [("http://127.0.0.1:8080", ModelSpec.model_validate(args))]
+    (_, curl), (_, python) = examples(models, keyed=True)
+    assert '-H "authorization: Bearer $OPENAI_API_KEY"' in curl
+    assert 'OpenAI(base_url="http://127.0.0.1:8080/v1")' in python
+    (_, curl), (_, python), _ = examples(models)
+    assert "authorization" not in curl
+    assert 'api_key="none"' in python

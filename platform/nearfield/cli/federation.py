@@ -239,6 +239,7 @@ def _start_region(
         detached=options.detached,
         serve_options=dict(plan.serve_options),
         environ={**plan.environ, **closed},
+        lean=True,
     )
     root = federation[name].root
     try:

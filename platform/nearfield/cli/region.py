@@ -49,6 +49,7 @@ class RegionOptions:
         num_cpus: what models may ask for in total; absent: at least 4. Only Ray's bookkeeping.
         serve_options: top-level keys of a Serve config other than `applications`.
         environ: variables of its own, above those of this process.
+        lean: Ray's dashboard has no pages, which makes it smaller.
     """
 
     host: str = "127.0.0.1"
@@ -59,6 +60,7 @@ class RegionOptions:
     detached: bool = False
     serve_options: dict[str, Any] = field(default_factory=dict)
     environ: Mapping[str, str] = field(default_factory=dict)
+    lean: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +291,7 @@ def _start_ray(region: Region, options: RegionOptions) -> None:
         runtime_dir=runtime_dir,
         ports=state.ports,
         ingress=state.ingress,
+        lean=options.lean,
     )
     log_file = region.root / "ray.log"
     with log_file.open("wb") as log:

@@ -55,7 +55,7 @@ def up(group: Group) -> set[str]:
 
 
 @given(histories, st.sampled_from(["unknown", "up"]))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_every_step_keeps_the_promises(history: list, start: str) -> None:  # type: ignore[type-arg]
     now_s = 100.0
     group = with_members(Group(), NAMES, now_s, start=start)  # type: ignore[arg-type]
@@ -83,6 +83,7 @@ def test_every_step_keeps_the_promises(history: list, start: str) -> None:  # ty
 
 
 @given(histories)
+@settings(max_examples=60)
 def test_whatever_happened_peace_brings_everybody_back(history: list) -> None:  # type: ignore[type-arg]
     now_s = 100.0
     group = with_members(Group(), NAMES, now_s)

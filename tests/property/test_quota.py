@@ -190,7 +190,7 @@ def _limit(dimension: Dimension) -> Limit:
 
 
 TestGateways = Gateways.TestCase
-TestGateways.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestGateways.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 
 
 class Pair:

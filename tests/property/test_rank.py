@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nearfield.policy.rank import MOST_LOOKED_AT, ReplicaState, choose, places
 
@@ -47,6 +47,7 @@ own_counts = st.lists(st.integers(0, 30), min_size=24, max_size=24)
 
 
 @given(replicas(), own_counts, draws, st.floats(1, 4000), st.integers(0, 2))
+@settings(max_examples=60)
 def test_a_request_goes_to_a_live_replica_with_room_or_nowhere(
     states: list[ReplicaState], own: list[int], draw: float, tokens: float, criticality: int
 ) -> None:
@@ -73,6 +74,7 @@ def test_a_request_goes_to_a_live_replica_with_room_or_nowhere(
 
 
 @given(replicas(), draws, st.floats(1, 4000), st.integers(0, 23))
+@settings(max_examples=60)
 def test_more_work_on_the_chosen_one_never_attracts(
     states: list[ReplicaState], draw: float, tokens: float, number: int
 ) -> None:
@@ -88,6 +90,7 @@ def test_more_work_on_the_chosen_one_never_attracts(
 
 
 @given(st.integers(2, 12), st.integers(0, 2**32))
+@settings(max_examples=40)
 def test_equals_share(count: int, seed: int) -> None:
     states = [ReplicaState(i, f"r{i}", 1000.0, 250.0, slots=4) for i in range(count)]
     noise = random.Random(seed)

@@ -90,7 +90,7 @@ in_flight = st.lists(st.integers(0, 60), min_size=8, max_size=8)
     st.sampled_from([0.01, 0.3, 60.0]),
     st.integers(-1, 7),
 )
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_whoever_is_picked_passes_every_filter(
     world: list[EndpointState],
     caller: Caller,
@@ -163,6 +163,7 @@ def same(a: Plan, b: Plan) -> bool:
 
 
 @given(worlds(), worlds(), callers, st.sampled_from([1.0, 2 * SETTLE_S]))
+@settings(max_examples=60)
 def test_constant_inputs_settle(
     before: list[EndpointState], world: list[EndpointState], caller: Caller, at_s: float
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -287,20 +286,3 @@ def test_weights_that_are_not_on_this_machine_are_a_warning(tmp_path: Path) -> N
     assert [p.level for p in check(path)] == ["warning"]
     (tmp_path / "weights").mkdir()
     assert check(path) == []
-
-
-def test_ray_itself_has_the_last_word(tmp_path: Path) -> None:
-    """Rules of Serve's own that the strict schema does not repeat; Ray is not imported before."""
-    text = VALID + "    runtime_env:\n      working_dir: ./here\n"
-    path = write(tmp_path, text)
-    code = (
-        "import sys; from nearfield.cli.config_files import check_files\n"
-        f"without = check_files([{str(path)!r}], ray=False)\n"
-        "assert without == [] and 'ray' not in sys.modules, without\n"
-        f"(problem,) = check_files([{str(path)!r}])\n"
-        "print(problem.field, problem.value, problem.message)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "applications[0].runtime_env {'working_dir': './here'}" in done.stdout
-    assert "Ray Serve refuses it" in done.stdout

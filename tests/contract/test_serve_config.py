@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,3 +122,28 @@ def test_serve_lets_unknown_keys_through_and_we_do_not(
     ray_models["DeploymentSchema"].model_validate(typo)
     with pytest.raises(ValidationError, match="max_ongoing_request"):
         serve_config.Deployment.model_validate(typo)
+
+
+def test_ray_itself_has_the_last_word(tmp_path: Path) -> None:
+    """Rules of Serve's own that the strict schema does not repeat; Ray is not imported before."""
+    path = tmp_path / "model.yaml"
+    path.write_text(
+        "applications:\n"
+        "  - name: chat\n"
+        "    route_prefix: /chat\n"
+        "    import_path: nearfield.serving:app\n"
+        "    args: {model: chat, engine: generate, source: builtin://abacus}\n"
+        "    runtime_env:\n"
+        "      working_dir: ./here\n"
+    )
+    code = (
+        "import sys; from nearfield.cli.config_files import check_files\n"
+        f"without = check_files([{str(path)!r}], ray=False)\n"
+        "assert without == [] and 'ray' not in sys.modules, without\n"
+        f"(problem,) = check_files([{str(path)!r}])\n"
+        "print(problem.field, problem.value, problem.message)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "applications[0].runtime_env {'working_dir': './here'}" in done.stdout
+    assert "Ray Serve refuses it" in done.stdout

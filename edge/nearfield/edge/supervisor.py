@@ -27,14 +27,17 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nearfield.api.signing import write_private
 from nearfield.core.errors import BadRequest, Conflict, NearfieldError
-from nearfield.core.federation import Listen
 from nearfield.core.settings import Settings
-from nearfield.edge import channel, files
+from nearfield.edge import channel
 from nearfield.edge.proxy.handover import MAX_SOCKETS, Inherited, Offer, inherit
+
+if TYPE_CHECKING:
+    from nearfield.core.federation import Listen
+    from nearfield.edge.files import Files
 
 log = logging.getLogger("nearfield.edge")
 
@@ -186,7 +189,7 @@ class Supervisor:
         self._options = options
         self._on_ready = on_ready
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
-        self._listen = Listen()
+        self._listen: Listen
         self._sockets: _Sockets = {}
         self._workers: list[_Worker] = []
         self._everybody: set[_Worker] = set()
@@ -243,12 +246,10 @@ class Supervisor:
     async def _begin(self) -> None:
         # Python takes longest: let it start while the files are read.
         early = [self._spawn(number) for number in range(self._options.workers)]
-        read = await asyncio.to_thread(files.read, self._path)
+        read = await asyncio.to_thread(_read, self._path)
         self._listen = read.gateway.listen
         name = read.gateway.gateway
-        self._state = self._options.state or files.default_state(
-            Settings.from_env(os.environ), name
-        )
+        self._state = self._options.state or _default_state(name)
         _make_state(self._state)
         taken = await asyncio.to_thread(self._take)
         self._sockets = self._bind([] if taken is None else taken.sockets)
@@ -335,7 +336,7 @@ class Supervisor:
         listen, sockets = self._listen, self._sockets
         fresh: list[_Worker] = []
         try:
-            read = await asyncio.to_thread(files.read, self._path)
+            read = await asyncio.to_thread(_read, self._path)
             if read.gateway.gateway != self._told.gateway:
                 raise BadRequest("gateway: its name cannot change while it runs", param="gateway")
             self._listen = read.gateway.listen
@@ -508,6 +509,19 @@ class Supervisor:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _read(path: Path) -> Files:
+    # Checking files takes pydantic, and longer to import than all else here: beside the workers.
+    from nearfield.edge import files
+
+    return files.read(path)
+
+
+def _default_state(gateway: str) -> Path:
+    from nearfield.edge import files
+
+    return files.default_state(Settings.from_env(os.environ), gateway)
 
 
 def _at(sockets: Sequence[socket.socket], host: str, port: int) -> list[socket.socket]:

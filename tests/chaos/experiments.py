@@ -31,7 +31,7 @@ DEADLY = 50
 MOST_BELIEFS = 6
 LATE_S = 1.0
 """A client that is late itself sends after a request was due, and its deadline counts from then; a
-replica that stood still with a request unread begins it before it hears that its gateway has left."""
+replica that stood still begins what it had not read before it hears that its gateway has left."""
 UPGRADE_S = 60.0
 """A load is to last longer than an upgrade."""
 Act = Callable[[Load], Awaitable[Fault]]

@@ -81,7 +81,7 @@ class Member:
         return "died" if self.gateway.died else "ended"
 
     def knows(self, names: Sequence[str], *, key: str | None = None) -> bool:
-        """Whether its gateway believes that these regions are up.
+        """Whether its gateway believes that these regions are up, and their gateways there to stay.
 
         Args:
             key: of scope platform, where there is a store.
@@ -94,7 +94,8 @@ class Member:
             return False
         if not told.is_success:
             return False
-        up = {each["name"] for each in told.json()["regions"] if each["health"] == "up"}
+        believed = told.json()["regions"]
+        up = {e["name"] for e in believed if e["health"] == "up" and not e["draining"]}
         return up >= set(names)
 
 

@@ -29,6 +29,8 @@ BEFORE, UNTIL = 0.3, 0.75
 RATE = 40.0
 DEADLY = 50
 MOST_BELIEFS = 6
+BEHIND_S = 0.2
+"""A client that is so late itself measures itself."""
 LATE_S = 1.0
 """A client that is late itself sends after a request was due, and its deadline counts from then; a
 replica that stood still begins what it had not read before it hears that its gateway has left."""
@@ -97,6 +99,10 @@ class Run:
         self.executions = await asyncio.to_thread(self.world.executions)
         tally = account(self.answers, self.executions, fault, self.world.jurisdictions)
         self.missed += misses(tally, self.answers, bars, timed=self.size.timed)
+        if load.late_s > BEHIND_S:
+            self.notes.append(
+                f"the client was up to {load.late_s:.1f} s late: the machine is too busy"
+            )
         self.notes += await asyncio.to_thread(self._beliefs)
         if gateway_killed:
             await asyncio.to_thread(self.world.recover)

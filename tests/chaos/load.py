@@ -88,13 +88,14 @@ class Load:
 
     Attributes:
         doors: base URLs of gateways, the first one first. keys: of each tenant.
-        answers: so far. sent: how many have been sent.
+        answers: so far. sent: how many have been sent. late_s: the latest, after it was due.
     """
 
     doors: Sequence[str]
     keys: Mapping[str, str]
     answers: list[Answer] = field(default_factory=list)
     sent: int = 0
+    late_s: float = 0.0
 
     def __post_init__(self) -> None:
         self._changed = asyncio.Event()
@@ -138,7 +139,9 @@ class Load:
 
     async def ask(self, request: Planned, due_s: float) -> Answer:
         """Send it, and again as far as its client does, until its deadline."""
-        until_s = due_s + request.deadline_s
+        began_s = time.monotonic()
+        self.late_s = max(self.late_s, began_s - due_s)
+        until_s = began_s + request.deadline_s
         sendings, door = 0, 0
         while True:
             sendings += 1

@@ -1,7 +1,7 @@
 """Two regions with their gateways for all tests here, started as people start them: `nearfield up`.
 
 The model does what its prompt says (`tests.support.programs`), without weights: what is tested is
-the way to it. What takes something away for good stands in test_survival.py, which comes last.
+the way to it.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Place:
     longitude: float
     rtt_s: float
     replicas: int = 2
-    handicap_ms: float = 400.0
+    handicap_ms: float = 200.0
 
 
 EU_WEST = Place("eu-west", BOUND, "Dublin", 53.33, -6.25, 0.02, replicas=3, handicap_ms=0.0)

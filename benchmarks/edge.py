@@ -30,6 +30,7 @@ FROZEN_S = 3.0
 MANY_REQUESTS = 200_000
 READ_S = 10.0
 LET_IN = b"HTTP/1.1 200"
+LET_IN_S, RETRY_S = 60.0, 0.1
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 Figures = dict[str, float]
@@ -84,7 +85,7 @@ def measure(side: Side | None, data: Path, *, seconds: float, quick: bool) -> Fi
 
 
 def _figures(server: Running, seconds: float, quick: bool) -> Figures:
-    _wrk(server, 32, 0.5 if quick else 2.0)
+    _wrk(server, 32, 0.5 if quick else 2.0, warmup=True)
     figures: Figures = {}
     for connections in (1, 32):
         before_s = _cpu_s(server)
@@ -95,7 +96,13 @@ def _figures(server: Running, seconds: float, quick: bool) -> Figures:
     return figures | _streams(server, seconds)
 
 
-def _wrk(server: Running, connections: int, seconds: float) -> Figures:
+def _wrk(server: Running, connections: int, seconds: float, *, warmup: bool = False) -> Figures:
+    """Ask as fast as it answers. In a warm-up some may be told to come later: a gateway has to ask
+    its store for shares of the caller's limits, and a busy machine lets it wait.
+
+    Raises:
+        SideFailed: a request failed.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(_SCRIPT.replace("KEY", KEY))
         script.flush()
@@ -110,7 +117,7 @@ def _wrk(server: Running, connections: int, seconds: float) -> Figures:
         requests, took_us, p50_us, p99_us, errors = map(int, done.stderr.split())
     except ValueError:
         raise SideFailed(done.stderr[-300:] + done.stdout[-300:]) from None
-    if errors or not requests:
+    if (errors and not warmup) or not requests:
         raise SideFailed(f"{errors} of {requests} requests failed")
     return {
         "requests": requests,
@@ -170,20 +177,26 @@ def _connect(port: int, count: int, request: bytes) -> Sequence[socket.socket]:
     Raises:
         SideFailed: one was not let in.
     """
-    made = []
+    made: list[socket.socket] = []
+    until_s = time.monotonic() + LET_IN_S
     try:
-        for _ in range(count):
+        while len(made) < count:
             client = socket.socket()
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.connect(("127.0.0.1", port))
-            client.settimeout(READ_S)
-            client.sendall(request)
             made.append(client)
-        lines = {client.recv(len(LET_IN)) for client in made}
-    except OSError as error:
-        raise SideFailed(f"a reader got no answer: {error}") from None
-    if lines != {LET_IN}:
-        raise SideFailed(f"readers got {lines}")
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.settimeout(READ_S)
+            client.connect(("127.0.0.1", port))
+            client.sendall(request)
+            line = client.recv(len(LET_IN))
+            if line != LET_IN:  # a gateway may say "later": it is asked again, as clients do
+                made.pop().close()
+                if time.monotonic() > until_s:
+                    raise SideFailed(f"a reader got {line!r}")
+                time.sleep(RETRY_S)
+    except (OSError, SideFailed) as error:
+        for client in made:
+            client.close()
+        raise SideFailed(f"not every reader was let in: {error}") from None
     return made
 
 

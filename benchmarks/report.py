@@ -140,8 +140,10 @@ class Figures:
                 return str(record["failed"]).strip().splitlines()[0]
         return None
 
-    def busiest(self) -> float:
-        return max((r["busy_before"] for r in self.document["measured"]), default=0.0)
+    def busiest(self, side: str | None = None) -> float:
+        """Most that others used of the machine just before a measurement, of one side or of all."""
+        records = self.document["measured"] if side is None else self._records.get(side, ())
+        return max((r["busy_before"] for r in records), default=0.0)
 
 
 def write(results: Path) -> list[Path]:
@@ -223,7 +225,7 @@ def _suite(suite: str, figures: Figures) -> str:
 def _sides(suite: str, figures: Figures) -> str:
     columns = TABLES[suite]
     ranked = RANKED.get(suite)
-    header = ["side", *(column.title for column in columns)]
+    header = ["side", *(column.title for column in columns), "machine busy before"]
     best = limit = None
     if ranked:
         header += ["of the best peer", "of the limit"]
@@ -237,6 +239,7 @@ def _sides(suite: str, figures: Figures) -> str:
         elif ranked is not None and not figures.values(side.name, ranked):
             continue
         row = [title, *(_cell(figures, side.name, column) for column in columns)]
+        row.append(f"{100 * figures.busiest(side.name):.0f}%")
         if ranked:
             own = figures.median(side.name, ranked)
             row += [_ratio(own, best[1] if best else None), _ratio(own, limit)]

@@ -270,6 +270,20 @@ class TestBudget:
             world.end(attempt, "refused")
             assert world.again(attempt)
 
+    def test_nor_what_a_region_had_nobody_for(self) -> None:
+        world = World()
+        for _ in range(50):
+            attempt = world.start(ONE)
+            attempt.code = b"no_capacity"
+            world.end(attempt, "status", 503)
+            assert world.again(attempt)
+        world = World()
+        full = [world.start(ONE) for _ in range(10)]
+        for attempt in full:
+            attempt.code = b"overloaded"
+            world.end(attempt, "status", 503)
+        assert [world.again(attempt) for attempt in full].count(True) == 3, "that costs the budget"
+
     def test_not_without_end(self) -> None:
         world = World()
         grant, request = granted(), request_of()

@@ -33,6 +33,8 @@ TOGETHER_S: Final = 2.0
 """Replicas of one region that are lost within so long, while none of them answers: the region is
 lost, or cannot be told from a lost one. No request does that."""
 MARK_S: Final = 1.0
+NOBODY_THERE: Final = frozenset((b"no_capacity", b"no_healthy_region", b"not_here"))
+"""Codes of a region's gateway that had nobody to give the request to: it was never run there."""
 SAFE_METHODS: Final = frozenset((b"GET", b"HEAD", b"OPTIONS"))
 
 
@@ -193,7 +195,7 @@ class BudgetRetries:
         now_s = self._clock()
         admission: Admission = grant.about
         region = _region(attempts[0])
-        refusals = sum(attempt.failure in NEVER_SENT for attempt in attempts)
+        refusals = sum(_never_run(attempt) for attempt in attempts)
         history = History(
             idempotent=grant.replayable or request.method in SAFE_METHODS,
             runs=len(attempts) - refusals,
@@ -218,7 +220,7 @@ class BudgetRetries:
 
     def _cause(self, attempt: Attempt) -> Cause:
         failure = attempt.failure
-        if failure in NEVER_SENT:
+        if _never_run(attempt):
             return "refused"
         if failure == "abandoned":
             return "died"
@@ -265,6 +267,12 @@ class BudgetRetries:
             extra_in_flight=len(self._extras),
         )
         return answer == "now"
+
+
+def _never_run(attempt: Attempt) -> bool:
+    if attempt.failure == "status":
+        return attempt.status == 503 and attempt.code in NOBODY_THERE
+    return attempt.failure in NEVER_SENT
 
 
 def _region(attempt: Attempt) -> str:

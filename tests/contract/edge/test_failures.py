@@ -165,7 +165,7 @@ async def test_an_answer_that_is_not_http(raw: bytes) -> None:
         assert (await proxy.ask(post({}, "/v1/files"))).status == 502
 
 
-@pytest.mark.parametrize("status", [429, 502, 503, 504])
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
 async def test_not_here_not_now(status: int) -> None:
     async def refuses(heard: Heard, reader: Reader, writer: Writer) -> None:
         writer.write(answer(b'{"error": "no"}', status, retry_after="7"))
@@ -176,6 +176,25 @@ async def test_not_here_not_now(status: int) -> None:
         assert [a.failure for a in proxy.outcome.attempts] == ["status", None]
         assert [a.status for a in proxy.outcome.attempts] == [status, 200]
         assert bad.connections == 1  # a refusal does not cost the connection
+
+
+async def test_what_an_engine_died_of_goes_nowhere_else() -> None:
+    async def crashed(heard: Heard, reader: Reader, writer: Writer) -> None:
+        writer.write(answer(b"{}", 500, x_nearfield_error_code="engine_crashed"))
+
+    async with in_turn(crashed, None) as (proxy, (_, other)):
+        found = await proxy.ask(post())
+        assert (found.status, found.body) == (500, b"{}")
+        assert other.heard == []
+
+
+async def test_a_fault_is_passed_on_where_the_request_may_have_had_effects() -> None:
+    async def fails(heard: Heard, reader: Reader, writer: Writer) -> None:
+        writer.write(answer(b"{}", 500))
+
+    async with in_turn(fails, None) as (proxy, (_, other)):
+        assert (await proxy.ask(post({}, "/v1/files"))).status == 500
+        assert other.heard == []
 
 
 async def test_everybody_says_no_and_the_last_word_is_passed_on() -> None:

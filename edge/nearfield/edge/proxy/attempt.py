@@ -6,6 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
+from nearfield.api.error_bodies import ERROR_CODE
 from nearfield.edge.proxy.ports import Attempt, FailureKind, Grant, Leg, Request
 from nearfield.edge.proxy.rewrite import upstream_head
 from nearfield.edge.proxy.upstream import Upstream
@@ -70,8 +71,12 @@ class Try(Attempt):
     def on_head(self, status: int, fields: list[tuple[bytes, bytes]], length: int | None) -> None:
         self.status = status
         self.first_byte_s = self.heard_s = time.monotonic()
-        if status == 503:
-            self.retry_after = any(name == b"retry-after" for name, _ in fields)
+        if status >= 429:
+            for name, value in fields:
+                if name == ERROR_CODE:
+                    self.code = value
+                elif name == b"retry-after":
+                    self.retry_after = status == 503
         if self._exchange is not None:
             self._exchange.on_head(self, status, fields, length)
 

@@ -46,8 +46,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nearfield.edge.proxy")
 
-NOT_HERE_NOW = frozenset((429, 502, 503, 504))
-"""Statuses by which a target says that another one may do better."""
+PERHAPS_ELSEWHERE = frozenset((429, 500, 502, 503, 504))
+"""Statuses after which another target may do better."""
+NOWHERE = frozenset((b"engine_crashed",))
+"""... but for these codes: the engine died of it, was started again, and died of it again."""
 EVENT_STREAM_FIELDS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -279,7 +281,7 @@ class Exchange:
         self, attempt: Try, status: int, fields: list[tuple[bytes, bytes]], length: int | None
     ) -> None:
         """A try has got the head of an answer."""
-        if status in NOT_HERE_NOW:
+        if status in PERHAPS_ELSEWHERE and attempt.code not in NOWHERE:
             attempt.failure = "status"
             self._guard(self._elsewhere, attempt)
             if attempt not in self._tries:

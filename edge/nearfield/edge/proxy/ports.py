@@ -31,7 +31,7 @@ FailureKind: TypeAlias = Literal[
     "connect_timeout",
     "closed",  # the connection ended before the first byte of the answer
     "protocol",  # the answer is not HTTP
-    "status",  # an answer that says "not here, not now" (429, 502, 503, 504)
+    "status",  # an answer after which another target may do better (429, 500, 502, 503, 504)
     "truncated",  # the answer broke off
     "abandoned",  # the target was given up by whoever watches it
     "deadline",
@@ -140,6 +140,7 @@ class Attempt:
         reused: over a connection that was kept.
         heard_s: when the last bytes of the answer came.
         retry_after: an answer that is unavailable (503) says when to come back.
+        code: of an answer from 429 on: what its `x-nearfield-error-code` says.
     """
 
     leg: Leg
@@ -148,6 +149,7 @@ class Attempt:
     first_byte_s: float | None = None
     heard_s: float | None = None
     retry_after: bool = False
+    code: bytes = b""
     ended_s: float | None = None
     status: int = 0
     failure: FailureKind | None = None

@@ -21,18 +21,22 @@ export class Sheet {
   #body = get("request-body");
   #ask;
   #id = null;
+  #hash = "";
 
   constructor(ask) {
     this.#ask = ask;
+    // Told a little later: meanwhile another one may have been asked for, or be shown.
     this.#dialog.addEventListener("close", () => {
+      if (this.#dialog.open) return;
       this.#id = null;
-      if (location.hash.startsWith("#request=")) history.replaceState(null, "", location.pathname + location.search);
+      if (location.hash === this.#hash) history.replaceState(null, "", location.pathname + location.search);
     });
     this.#dialog.addEventListener("click", (event) => event.target === this.#dialog && this.#dialog.close());
   }
 
   async open(id) {
     this.#id = id;
+    this.#hash = location.hash;
     this.#show(h("h2", { id: "request-title" }, "Request"), h("p", { class: "id" }, name(id)), h("p", { class: "soft" }, "Looking …"));
     if (!this.#dialog.open) this.#dialog.showModal();
     try {

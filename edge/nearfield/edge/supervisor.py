@@ -33,7 +33,7 @@ from nearfield.api.signing import write_private
 from nearfield.core.errors import BadRequest, Conflict, NearfieldError
 from nearfield.core.settings import Settings
 from nearfield.edge import channel
-from nearfield.edge.proxy.handover import MAX_SOCKETS, Inherited, Offer, inherit
+from nearfield.edge.proxy.handover import MAX_SOCKETS, Inherited, Offer, address, inherit
 
 if TYPE_CHECKING:
     from nearfield.core.federation import Listen
@@ -114,7 +114,8 @@ def running(state: Path) -> Running | None:
     """The gateway that runs with this state, None if none does."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
-            probe.connect(str(state / OFFER_FILE))
+            with address(state / OFFER_FILE) as name:
+                probe.connect(name)
             data = json.loads((state / STATE_FILE).read_text())
         except (OSError, ValueError):
             return None

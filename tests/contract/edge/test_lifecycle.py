@@ -145,6 +145,23 @@ async def test_a_process_that_dies_while_taking_over_changes_nothing(tmp_path: P
         offer.close()
 
 
+async def test_a_path_may_be_longer_than_an_address(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 120)
+    assert inherit(folder / "handover") is None
+    folder.mkdir()
+    with bind("127.0.0.1", 0) as first:
+        offer = Offer(folder / "handover", [first], lambda: None)
+        loop = asyncio.get_running_loop()
+        taken = await loop.run_in_executor(None, inherit, folder / "handover")
+        assert taken is not None
+        assert [each.getsockname() for each in taken.sockets] == [first.getsockname()]
+        for each in taken.sockets:
+            each.close()
+        taken._other.close()
+        offer.close()
+        assert list(folder.iterdir()) == []
+
+
 async def test_a_path_that_nobody_listens_at_any_more(tmp_path: Path) -> None:
     path = tmp_path / "handover"
     with socket.socket(socket.AF_UNIX) as dead:

@@ -18,10 +18,9 @@ from nearfield.core.errors import BadRequest
 from nearfield.core.federation import GatewayFile, RegionFile
 from nearfield.core.problems import Finding, Problem, did_you_mean
 from nearfield.core.settings import Settings
-from nearfield.core.yaml_document import Document, YamlError, parse
+from nearfield.core.yaml_document import Document
+from nearfield.core.yaml_file import read_document
 
-MAX_BYTES = 2**20
-"""A gateway knows some regions, of some lines each."""
 SHOWN = 3
 """Problems that an error's message spells out; `nearfield check` names all."""
 Model = TypeVar("Model", GatewayFile, RegionFile)
@@ -104,24 +103,12 @@ def problems_of(path: Path) -> tuple[Problem, ...]:
 
 
 def _read(path: Path, kind: str) -> tuple[Document | None, list[Problem]]:
-    def problem(message: str, remedy: str, line: int | None = None) -> tuple[None, list[Problem]]:
-        return None, [Problem(str(path), "", message, remedy, line=line)]
-
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            return problem("is longer than 1 MiB", "is it the right file?")
-        document = parse(path.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
-        near = did_you_mean(path.name, [each.name for each in path.parent.glob("*.y*ml")])
-        return problem("does not exist", f"did you mean {near}?" if near else "check the path")
-    except UnicodeDecodeError:
-        return problem("is not UTF-8 text", "save it as UTF-8")
-    except OSError as error:
-        return problem(f"cannot be read: {error.strerror}", "check the file")
-    except YamlError as error:
-        return problem(error.message, error.remedy, error.line)
+    document = read_document(path, str(path))
+    if isinstance(document, Problem):
+        return None, [document]
     if not isinstance(document.value, dict) or kind_of(document) != kind:
-        return problem(f"is no {kind} file", f"begin it with {kind}: and a name")
+        problem = Problem(str(path), "", f"is no {kind} file", f"begin it with {kind}: and a name")
+        return None, [problem]
     return document, [each for each in check([(str(path), document)]) if each.level == "error"]
 
 

@@ -13,10 +13,9 @@ from typing import Any
 
 from nearfield.cli.engine_source import check_engine
 from nearfield.core.check import check, kind_of, located, model_applications
-from nearfield.core.problems import Finding, Problem, did_you_mean, dotted, shown
-from nearfield.core.yaml_document import Document, YamlError, parse
-
-MAX_BYTES = 2**20
+from nearfield.core.problems import Finding, Problem, dotted, shown
+from nearfield.core.yaml_document import Document
+from nearfield.core.yaml_file import read_document
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +44,11 @@ def load_files(
     files: list[ConfigFile] = []
     problems: list[Problem] = []
     for path in paths:
-        read = _read(Path(path), str(path))
-        if isinstance(read, ConfigFile):
-            files.append(read)
-        else:
+        read = read_document(Path(path), str(path))
+        if isinstance(read, Problem):
             problems.append(read)
+        else:
+            files.append(ConfigFile(str(path), Path(path), read))
     problems += check([(file.name, file.document) for file in files])
     known = {(problem.file, problem.field) for problem in problems}
     for file in files:
@@ -60,33 +59,6 @@ def load_files(
             if kind_of(file.document) == "serve":
                 problems += _check_with_ray(file)
     return files, problems
-
-
-def _read(path: Path, name: str) -> ConfigFile | Problem:
-    def problem(message: str, remedy: str, line: int | None = None) -> Problem:
-        return Problem(name, "", message, remedy, line=line)
-
-    try:
-        if path.is_dir():
-            return problem("is a directory", f"name the files in it: {name.rstrip('/')}/*.yaml")
-        if path.stat().st_size > MAX_BYTES:
-            size = f"{path.stat().st_size / 2**20:.1f} MiB"
-            return problem(f"is {size} long, a config has at most 1 MiB", "is it the right file?")
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        close = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")])
-        return problem("does not exist", f"did you mean {close}?" if close else "check the path")
-    except PermissionError:
-        return problem("cannot be read: permission denied", f"chmod u+r {name}")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        return problem("is not UTF-8 text", "save it as UTF-8", line)
-    except OSError as error:
-        return problem(f"cannot be read: {error.strerror}", "check the file")
-    try:
-        return ConfigFile(name, path, parse(text))
-    except YamlError as error:
-        return problem(error.message, error.remedy, error.line)
 
 
 def _check_surroundings(file: ConfigFile) -> Iterator[Problem]:

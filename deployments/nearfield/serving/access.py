@@ -22,6 +22,7 @@ from nearfield.api.load import is_gateways
 from nearfield.api.passport import HEADER, PassportKeys, PassportKeyUnknown
 from nearfield.core.errors import BadRequest, Forbidden, Unauthenticated
 from nearfield.core.settings import Settings
+from nearfield.core.watched_file import WatchedFile
 from nearfield.policy.endpoints import CRITICALITIES, DEFAULT, QUEUE_SHARES
 
 log = logging.getLogger("nearfield.access")
@@ -52,10 +53,8 @@ class Caller:
 
 
 class _Watched(Generic[Content]):
-    """What a file holds, read again when it changes.
-
-    By whoever asks, and before the answer: a key that was revoked while nobody called must not be
-    let in once more because the new file is still being read.
+    """A file that is looked at by whoever asks, and before the answer: a key that was revoked while
+    nobody called must not be let in once more because the new file is still being read.
     """
 
     def __init__(self, path: Path, read: Callable[[Path], Content]) -> None:
@@ -63,30 +62,14 @@ class _Watched(Generic[Content]):
         Raises:
             BadRequest: the file cannot be used.
         """
-        self._path = path
-        self._read = read
         self._looked_s = time.monotonic()
-        self._seen = self._stamp()
-        self.content = read(path)
+        self._file = WatchedFile(path, read, log)
 
     def current(self, now_s: float) -> Content:
         if now_s >= self._looked_s + LOOK_S:
             self._looked_s = now_s
-            stamp = self._stamp()
-            if stamp != self._seen:
-                self._seen = stamp
-                try:
-                    self.content = self._read(self._path)
-                except BadRequest as error:
-                    log.error("what was read before still counts: %s", error.message)
-        return self.content
-
-    def _stamp(self) -> tuple[int, ...] | None:
-        try:
-            stat = self._path.stat()
-        except OSError:
-            return None
-        return stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size
+            return self._file.refresh()
+        return self._file.content
 
 
 class Access:

@@ -32,6 +32,7 @@ from nearfield.api.keys import KeyTable
 from nearfield.api.passport import PassportKeys
 from nearfield.core.errors import BadRequest
 from nearfield.core.settings import Settings
+from nearfield.core.watched_file import WatchedFile
 from nearfield.edge.files import Files
 from nearfield.edge.follow import Follower
 from nearfield.edge.gate import KeyGate
@@ -138,7 +139,8 @@ class Gateway:
     async def _build(self) -> None:
         place, files = self._place, self._files
         enter = self._stack.enter_async_context
-        passports = self._load_passports()
+        watched = self._open_passports()
+        passports = None if watched is None else watched.content
         self._certificates = self._load_certificates()
         accounts = await self._open_accounts()
         table = None if accounts is None else accounts.table
@@ -177,8 +179,8 @@ class Gateway:
         self._listener = Listener(self.proxy)
         if self._certificates is not None:
             self._attend(self._certificates.follow())
-        if self._passports_file is not None:
-            self._attend(self._follow_passports(self._passports_file, gate))
+        if watched is not None:
+            self._attend(self._follow_passports(watched, gate))
 
     def _ports(
         self, passports: PassportKeys | None, accounts: Accounts | None
@@ -257,29 +259,20 @@ class Gateway:
 
     # ---- secrets ----------------------------------------------------------------------------
 
-    @property
-    def _passports_file(self) -> Path | None:
+    def _open_passports(self) -> WatchedFile[PassportKeys] | None:
         name = self._files.gateway.passport_keys
-        return None if name is None else self._files.beside(name)
+        if name is None:
+            return None
+        return WatchedFile(self._files.beside(name), PassportKeys.load, log)
 
-    def _load_passports(self) -> PassportKeys | None:
-        path = self._passports_file
-        return None if path is None else PassportKeys.load(path)
-
-    async def _follow_passports(self, path: Path, gate: KeyGate) -> None:
+    async def _follow_passports(self, watched: WatchedFile[PassportKeys], gate: KeyGate) -> None:
         """Take over new secrets when the file changes. What cannot be used changes nothing."""
-        seen = _stamp(path)
         while True:
             await asyncio.sleep(PASSPORTS_S)
-            stamp = _stamp(path)
-            if stamp == seen:
-                continue
-            seen = stamp
-            try:
-                gate.passports = self.world.passports = PassportKeys.load(path)
-                log.info("new passport keys: %s", ", ".join(gate.passports.kids))
-            except BadRequest as error:
-                log.error("the passport keys stay as they were: %s", error)
+            keys = watched.refresh()
+            if keys is not gate.passports:
+                gate.passports = self.world.passports = keys
+                log.info("new passport keys: %s", ", ".join(keys.kids))
 
     def _attend(self, work: Coroutine[Any, Any, None]) -> None:
         """Run beside the gateway until its end."""
@@ -291,12 +284,3 @@ class Gateway:
                 await task
 
         self._stack.push_async_callback(end)
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Tells two states of a file apart."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_ino, stat.st_mtime_ns, stat.st_size

@@ -79,10 +79,9 @@ def status(root: Path, as_json: bool) -> int:
 
 
 def _gateway(member: Member) -> dict[str, Any]:
-    from nearfield.cli.commands.status_regions import about
+    from nearfield.cli.commands.status_regions import about_gateway
 
-    gateway: dict[str, Any] = about(member)["gateway"]
-    return gateway
+    return about_gateway(member)
 
 
 def _show_one(root: Path, *, as_json: bool, gateway: dict[str, Any] | None) -> int:

@@ -37,15 +37,15 @@ def show(federation: Federation, *, as_json: bool) -> int:
         )
     else:
         _print(federation, found)
-    for each in found:
-        for sentence in _troubles(each):
-            failed(sentence)
-    return EXIT_FAILED if any(_troubles(each) for each in found) else 0
+    troubles = [sentence for each in found for sentence in _troubles(each)]
+    for sentence in troubles:
+        failed(sentence)
+    return EXIT_FAILED if troubles else 0
 
 
 def about(member: Member) -> dict[str, Any]:
     """A region and its gateway, as JSON."""
-    region, told = member.region, member.gateway.told
+    region = member.region
     condition = member.region_condition()
     members = [] if region is None else processes.of_region(region.state.region_id)
     models, reason = [], None
@@ -54,21 +54,6 @@ def about(member: Member) -> dict[str, Any]:
             models = [model.to_json() for model in listing.listed(region)]
         except Unavailable as error:
             reason = error.message
-    at_gateway = member.gateway.processes()
-    gateway = {
-        "endpoint": member.gateway_url,
-        "grpc": member.grpc,
-        "console": f"{member.gateway_url}/console",
-        "state": member.gateway_condition(),
-        "file": str(member.gateway.file),
-        "log": str(member.gateway.log),
-        "pid": told.pid if told else None,
-        "workers": list(told.workers) if told else [],
-        "generation": told.generation if told else None,
-        "trouble": told.trouble if told else None,
-        "processes": len(at_gateway),
-        "memory_bytes": processes.memory_bytes(at_gateway),
-    }
     return {
         "name": member.name,
         "jurisdiction": member.jurisdiction,
@@ -80,7 +65,26 @@ def about(member: Member) -> dict[str, Any]:
         "processes": len(members),
         "memory_bytes": processes.memory_bytes(members),
         "models": models,
-        "gateway": gateway,
+        "gateway": about_gateway(member),
+    }
+
+
+def about_gateway(member: Member) -> dict[str, Any]:
+    """A region's gateway, as JSON."""
+    told, found = member.gateway.told, member.gateway.processes()
+    return {
+        "endpoint": member.gateway_url,
+        "grpc": member.grpc,
+        "console": f"{member.gateway_url}/console",
+        "state": member.gateway_condition(),
+        "file": str(member.gateway.file),
+        "log": str(member.gateway.log),
+        "pid": told.pid if told else None,
+        "workers": list(told.workers) if told else [],
+        "generation": told.generation if told else None,
+        "trouble": told.trouble if told else None,
+        "processes": len(found),
+        "memory_bytes": processes.memory_bytes(found),
     }
 
 

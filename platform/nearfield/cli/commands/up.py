@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,33 +92,34 @@ def up(
     all regions can call (ports 8080, 8081, …; --host and --port are the gateways'). Without FILE
     each region runs the models that its file names, with FILE those. See: nearfield status.
     """
+    from nearfield.cli.ray_head import default_ingress
+
     if regions is None and (keys or store is not None):
         raise click.UsageError("--keys and --store go with --regions: gateways ask for keys.")
+    ingress = ingress or default_ingress()
+    how = {"host": host, "ingress": ingress, "num_cpus": cpus, "detached": detach}
     if regions is not None:
         if names_one():
             raise click.UsageError("--dir is one region's; several live in NEARFIELD_HOME.")
         return _several(
             [each.strip() for each in regions.split(",") if each.strip()],
             files,
+            port,
             as_json=as_json,
-            host=host,
-            port=port,
             store=store or (Settings.from_env(os.environ).database_url if keys else None),
-            ingress=ingress,
-            num_cpus=cpus,
-            detached=detach,
             timeout_s=timeout_s,
+            **how,
         )
-    return _one(files, host, port, ingress, cpus, detach, timeout_s, root, as_json=as_json)
+    return _one(files, port, root, timeout_s, as_json=as_json, **how)
 
 
 def _several(
     names: Sequence[str],
     files: Sequence[str],
+    port: int | None,
     *,
     as_json: bool,
-    port: int | None,
-    **given: Any,
+    **how: Any,
 ) -> int:
     from nearfield.cli.commands import up_regions
     from nearfield.cli.federation import GATEWAY_PORT, Options
@@ -127,28 +128,24 @@ def _several(
     wanted = up_regions.plans(names, files)
     if not wanted:
         raise click.UsageError("--regions names no region: eu-west,us-east, for instance.")
-    options = Options(port=port or GATEWAY_PORT, **given)
+    options = Options(port=port or GATEWAY_PORT, **how)
     with _interruptible():
         return up_regions.run(home(), wanted, options, progress, as_json=as_json)
 
 
 def _one(
     files: Sequence[str],
-    host: str,
     port: int | None,
-    ingress: Ingress | None,
-    cpus: int | None,
-    detach: bool,
-    timeout_s: float,
     root: Path,
+    timeout_s: float,
     *,
     as_json: bool,
+    **how: Any,
 ) -> int:
     from nearfield.cli import region as regions
     from nearfield.cli.applications import applications, quickstart_files, serve_options
     from nearfield.cli.bring_up import bring_up
-    from nearfield.cli.commands.common import checked
-    from nearfield.cli.ray_head import default_ingress
+    from nearfield.cli.commands.common import checked, stop
 
     progress = Progress(as_json=as_json)
     read = checked(files or quickstart_files())
@@ -158,14 +155,7 @@ def _one(
         progress("starting Ray")
         region = regions.start(
             root,
-            regions.RegionOptions(
-                host=host,
-                port=wanted_port,
-                ingress=ingress or default_ingress(),
-                num_cpus=cpus,
-                detached=detach,
-                serve_options=options,
-            ),
+            regions.RegionOptions(port=wanted_port, serve_options=options, **how),
             progress,
         )
         ours_to_end = True
@@ -178,7 +168,7 @@ def _one(
             _show(region, started, progress, as_json=as_json)
             if not any(each.ready for each in started):
                 progress("no model is ready, so there is nothing to stay for")
-            elif detach:
+            elif how["detached"]:
                 ours_to_end = False
             else:
                 if not as_json:
@@ -193,13 +183,14 @@ def _one(
             click.echo(err=as_json)
         finally:
             if ours_to_end:
-                _end(region, progress)
+                end = partial(regions.end, region)
+                stop(end, progress, "replicas finish what they have accepted")
         return code
 
 
 def _show(region: Region, started: Sequence[Started], progress: Progress, *, as_json: bool) -> None:
     """What came of each application, and how to use those that are ready."""
-    from nearfield.cli.commands.common import answered
+    from nearfield.cli.commands.common import answered, show_examples
     from nearfield.cli.snippets import examples
 
     for each in started:
@@ -217,8 +208,7 @@ def _show(region: Region, started: Sequence[Started], progress: Progress, *, as_
         click.echo("\nEach of these is a complete base URL:")
     for url, spec in usable:
         click.echo(f"  {click.style(f'{url}/v1', bold=True)}  {spec.model} ({spec.engine.kind})")
-    for title, code in examples(usable):
-        click.echo(f"\n{click.style(f'# {title}', dim=True)}\n{code}")
+    show_examples(examples(usable))
 
 
 def _ended_elsewhere(region: Region) -> bool:
@@ -236,18 +226,6 @@ def _ended_elsewhere(region: Region) -> bool:
             # `nearfield down` ends the processes first and forgets the region then.
             never.wait(_WATCH_S)
             return regions.read(region.root) is None
-
-
-def _end(region: Region, progress: Progress) -> None:
-    from nearfield.cli import region as regions
-
-    progress("stopping: replicas finish what they have accepted (Ctrl-C again: at once)")
-    started_s = time.monotonic()
-    try:
-        regions.end(region)
-    except KeyboardInterrupt:
-        regions.end(region, drain_timeout_s=0.0)
-    progress(f"stopped in {time.monotonic() - started_s:.1f} s; nothing is left running")
 
 
 @contextmanager

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import click
 from nearfield.cli import federation as federations
 from nearfield.cli import region_files
 from nearfield.cli.applications import applications, serve_options
-from nearfield.cli.commands.common import answered, checked
+from nearfield.cli.commands.common import answered, checked, show_examples, stop
 from nearfield.cli.federation import Federation, Member, Options, Plan
 from nearfield.cli.main import EXIT_FAILED, EXIT_INTERRUPTED
 from nearfield.cli.output import Progress, failed, print_json
@@ -86,7 +86,8 @@ def run(
         click.echo(err=as_json)
     finally:
         if ours_to_end:
-            _end(federation, progress)
+            end = partial(federations.end, federation)
+            stop(end, progress, "what was accepted is finished")
     return code
 
 
@@ -133,8 +134,7 @@ def _show_endpoints(federation: Federation, there: Sequence[Member]) -> None:
     if specs and not keyed:
         why = f"nearfield route {specs[0].model} --from Nairobi --explain --gateway {url}"
         shown.append(("where a request would go, and why", why))
-    for title, code in shown:
-        click.echo(f"\n{click.style(f'# {title}', dim=True)}\n{code}")
+    show_examples(shown)
 
 
 _KEYS = """
@@ -217,13 +217,3 @@ def _tell_gateway(member: Member) -> None:
         f"{member.name}: its gateway has {member.gateway_condition()}; the others go on. "
         f"Start it again with: nearfield gateway {member.gateway.file}"
     )
-
-
-def _end(federation: Federation, progress: Progress) -> None:
-    progress("stopping: what was accepted is finished (Ctrl-C again: at once)")
-    started_s = time.monotonic()
-    try:
-        federations.end(federation)
-    except KeyboardInterrupt:
-        federations.end(federation, drain_timeout_s=0.0)
-    progress(f"stopped in {time.monotonic() - started_s:.1f} s; nothing is left running")

@@ -8,14 +8,9 @@ import sys
 from pathlib import Path
 
 from nearfield.core.errors import BadRequest, NearfieldError
-from nearfield.edge.supervisor import (
-    DRAIN_S,
-    MOST_WORKERS,
-    Options,
-    Running,
-    Supervisor,
-    WorkerFailed,
-)
+from nearfield.edge.channel import DRAIN_S
+from nearfield.edge.proxy.handover import MOST_WORKERS
+from nearfield.edge.supervisor import Options, Running, Supervisor, WorkerFailed
 from nearfield.telemetry import logs
 
 EXIT_FAILED, EXIT_INVALID = 1, 2

@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator, Sequence
 from nearfield.edge.proxy.handover import MAX_SOCKETS
 
 READY = "ready"
+DRAIN_S = 30.0
+"""How long requests may take to end when a gateway stops, and nobody says otherwise."""
 _SOCKETS = b"sockets\n"
 _MAX_LINE = 1024
 

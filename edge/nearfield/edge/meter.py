@@ -109,13 +109,14 @@ class Meter:
 
     def on_end(self, outcome: Outcome, complete: bool) -> None:
         try:
-            if self.broken:
+            broken = self.broken
+            if broken:
                 said = _CODE.search(self._tail, self._tail.rfind(_BROKEN))
                 self._told = said[1] if said is not None else _UNTOLD
                 # Whoever leaves once the error has come does not undo it.
                 if outcome.error in (None, "cancelled"):
                     outcome.error = self._told.decode("ascii")
-            self._judge(complete)
+            self._judge(complete and not broken)
         finally:
             self._reservation.settle(self._charge(outcome))
 
@@ -124,13 +125,13 @@ class Meter:
         """The stream that has passed ended with an error."""
         return self._is_stream and _BROKEN in self._tail[-TAIL_BYTES:]
 
-    def _judge(self, complete: bool) -> None:
+    def _judge(self, whole: bool) -> None:
         """Whether the body is one that kills."""
         if self._told == _CRASHED:
             self._suspects.crashed(self._request)
         elif self._told == _QUARANTINED:
             self._suspects.convicted_elsewhere(self._request)
-        elif complete and not self.broken and 0 < self.status < 500 and self._suspects.any:
+        elif whole and 0 < self.status < 500 and self._suspects.any:
             self._suspects.answered(self._request)
 
     def _charge(self, outcome: Outcome) -> int:

@@ -33,7 +33,7 @@ from nearfield.api.signing import write_private
 from nearfield.core.errors import BadRequest, Conflict, NearfieldError
 from nearfield.core.settings import Settings
 from nearfield.edge import channel
-from nearfield.edge.proxy.handover import MAX_SOCKETS, Inherited, Offer, address, inherit
+from nearfield.edge.proxy.handover import Inherited, Offer, address, inherit
 
 if TYPE_CHECKING:
     from nearfield.core.federation import Listen
@@ -41,11 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nearfield.edge")
 
-MOST_WORKERS = MAX_SOCKETS // 2
-"""Each has a socket for HTTP and perhaps one for gRPC, and all of them must be handed over at once.
-A worker forwards about as much as a core can."""
-DRAIN_S = 30.0
-"""How long requests may take to end when the gateway stops."""
 REPLACED_DRAIN_S = 600.0
 """And when it is replaced: nobody waits for it. As long as a request's default deadline."""
 START_S = 30.0
@@ -85,7 +80,7 @@ class Options:
 
     state: Path | None = None
     workers: int = 1
-    drain_s: float = DRAIN_S
+    drain_s: float = channel.DRAIN_S
     take_over: bool = False
 
 

@@ -27,8 +27,6 @@ EXIT_FAILED, EXIT_INVALID = 1, 2
 YOUNG = 10_000
 """Objects between two collections of garbage. A request makes some hundred and leaves no cycles: at
 Python's own 700, collections took 7 % of the time, in pauses of up to 60 ms."""
-ABANDONED_DRAIN_S = 30.0
-"""How long to drain when nobody says so."""
 
 
 class Orders:
@@ -48,14 +46,14 @@ class Orders:
         """Until the supervisor is gone."""
         async for order in channel.lines(self._line):
             self.give(float(order.partition(" ")[2]))
-        self.give(ABANDONED_DRAIN_S)
+        self.give(channel.DRAIN_S)
 
 
 async def serve(given: argparse.Namespace, line: socket.socket) -> int:
     """Run until told to go; returns how many requests were cut off."""
     loop = asyncio.get_running_loop()
     orders = Orders(line)
-    loop.add_signal_handler(signal.SIGTERM, orders.give, ABANDONED_DRAIN_S)
+    loop.add_signal_handler(signal.SIGTERM, orders.give, channel.DRAIN_S)
     sockets = await channel.receive_sockets(line)
     if not sockets:
         return 0

@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 MAX_SOCKETS = 16
+MOST_WORKERS = MAX_SOCKETS // 2
+"""Each has a socket for HTTP and perhaps one for gRPC, and all of them must be handed over at once.
+A worker forwards about as much as a core can."""
 MAX_PATH_BYTES = 100
 """Of a Unix socket's address: 107 on Linux, 103 on macOS."""
 READY = b"ready"

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from nearfield.cli.output import json_option, print_json
 from nearfield.core.settings import Settings
+from nearfield.edge.channel import DRAIN_S
+from nearfield.edge.proxy.handover import MOST_WORKERS
 
 if TYPE_CHECKING:
     from nearfield.edge.supervisor import Options, Running
 
-DRAIN_S = 30.0
-MOST_WORKERS = 8
 STOP_S = 90.0
 """How long `--stop` waits: a gateway drains for half a minute unless it was told otherwise."""
 _EXTRA = ("httptools", "uvloop", "msgspec")

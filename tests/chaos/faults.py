@@ -17,7 +17,8 @@ from typing import Literal
 
 import psutil
 
-from tests.chaos.world import Cluster, World, until
+from tests.chaos.world import POLL_S, Cluster, World
+from tests.support.processes import until
 
 FIND_S = 30.0
 Way = Literal["to", "from"]
@@ -57,7 +58,12 @@ def busiest_replica(world: World, cluster: Cluster, *, least: int) -> tuple[int,
         found = pids.get(most["port"], 0), most["in_flight"]
         return found[0] != 0 and found[1] >= least
 
-    until(busy, FIND_S, lambda: f"the busiest replica has {found[1]} requests of {least}")
+    until(
+        busy,
+        FIND_S,
+        lambda: f"the busiest replica has {found[1]} requests of {least}",
+        every_s=POLL_S,
+    )
     return found
 
 

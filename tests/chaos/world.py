@@ -30,9 +30,10 @@ import psutil
 from nearfield.api.passport import PassportKeys
 from nearfield.cli import deploy, processes
 from nearfield.cli import region as regions
+from nearfield.cli.federation import AGENT
 from nearfield.cli.gateways import GatewayProcess
 from nearfield.cli.ports import Reservations
-from nearfield.core.serve_config import AGENT_BUILDER, MODEL_BUILDER
+from nearfield.core.serve_config import MODEL_BUILDER
 from nearfield.edge.pages_models import STATUS_PATH
 from nearfield.store.administration import Administration, open_pepper
 from nearfield.store.forms import NewKey, NewTenant, TenantChange, parse
@@ -42,6 +43,7 @@ from tests.chaos.ledger import BOUND, Execution
 from tests.chaos.load import ANYBODY, MODEL
 from tests.chaos.stub import executions, orders_file
 from tests.chaos.wire import Hold
+from tests.support.processes import until
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY_S = 180.0
@@ -49,6 +51,8 @@ SETTLE_S = 90.0
 """From the worst fault until everything is believed healthy: a cluster starts anew in it."""
 LEDGER_S = 10.0
 """Usage on its way into the ledger."""
+POLL_S = 0.1
+"""Between looks: each asks every gateway."""
 OPERATOR = "operator"
 GATEWAYS = 8
 """Ports for them: those of two worlds are the same or have nothing in common."""
@@ -200,20 +204,13 @@ class World:
         return cluster
 
     def _deploy(self, cluster: Cluster, version: str = "1") -> None:
-        apps = [self._agent(), self._model(cluster.place, version)]
+        apps = [AGENT, self._model(cluster.place, version)]
         deploy.apply(cluster.region, apps)
         names = [app["name"] for app in apps]
         for outcome in deploy.wait_until_running(
             cluster.region, names, timeout_s=DEPLOY_S, report=self.report
         ):
             assert outcome.ready, f"{cluster.name}, {outcome.name}: {outcome.reason}"
-
-    def _agent(self) -> dict[str, Any]:
-        return {
-            "name": "nearfield-agent",
-            "route_prefix": "/-/nearfield",
-            "import_path": AGENT_BUILDER,
-        }
 
     def _model(self, place: Place, version: str) -> dict[str, Any]:
         options = {"region": place.name, "folder": str(self.runs)}
@@ -341,7 +338,7 @@ class World:
 
     def settle(self) -> None:
         """Wait until everybody believes that everything is well."""
-        until(lambda: not self.unwell(), SETTLE_S, self.unwell)
+        until(lambda: not self.unwell(), SETTLE_S, self.unwell, every_s=POLL_S)
 
     def unwell(self) -> list[str]:
         """What is not as it should be, as the gateways see it."""
@@ -417,13 +414,3 @@ class Wires:
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()
-
-
-def until(
-    condition: Callable[[], object], within_s: float, why: Callable[[], object] = str
-) -> None:
-    """Wait for it. `why`: what to say if it does not come."""
-    deadline_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not after {within_s:.0f} s: {why()}"
-        time.sleep(0.1)

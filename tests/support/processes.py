@@ -18,12 +18,18 @@ from nearfield.edge.supervisor import Running, running
 READY_S = 30.0
 
 
-def until(condition: Callable[[], Any], within_s: float = READY_S) -> Any:
-    """What the condition gives, once that is true."""
+def until(
+    condition: Callable[[], Any],
+    within_s: float = READY_S,
+    why: Callable[[], object] = str,
+    *,
+    every_s: float = 0.01,
+) -> Any:
+    """What the condition gives, once that is true. `why`: what to say if it never is."""
     deadline_s = time.monotonic() + within_s
     while not (found := condition()):
-        assert time.monotonic() < deadline_s, "it did not happen in time"
-        time.sleep(0.01)
+        assert time.monotonic() < deadline_s, f"it did not happen in {within_s:.0f} s: {why()}"
+        time.sleep(every_s)
     return found
 
 
@@ -48,14 +54,13 @@ def write_files(folder: Path, serve_port: int = 1, **gateway: Any) -> Path:
     return path
 
 
-class GatewayProcess:
-    """`python -m nearfield.edge FILE`. Its output is read as it comes."""
+class Command:
+    """A Python program in a session of its own. Its output is read as it comes."""
 
-    def __init__(self, file: Path, home: Path, *arguments: str) -> None:
-        self.state = home / "gateways" / "eu-west"
+    def __init__(self, home: Path, *arguments: str) -> None:
         self.lines: list[str] = []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "nearfield.edge", str(file), *arguments],
+            [sys.executable, *arguments],
             env={**os.environ, "NEARFIELD_HOME": str(home)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -74,6 +79,19 @@ class GatewayProcess:
     def text(self) -> str:
         return "".join(self.lines)
 
+    def wait(self, within_s: float = READY_S) -> int:
+        code = self.process.wait(within_s)
+        self._reader.join(within_s)
+        return code
+
+
+class GatewayProcess(Command):
+    """`python -m nearfield.edge FILE`."""
+
+    def __init__(self, file: Path, home: Path, *arguments: str) -> None:
+        super().__init__(home, "-m", "nearfield.edge", str(file), *arguments)
+        self.state = home / "gateways" / "eu-west"
+
     def wait_ready(self) -> Running:
         """What it has written down, once it accepts clients."""
         until(lambda: " ready: " in self.text or self.process.poll() is not None)
@@ -88,11 +106,6 @@ class GatewayProcess:
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
-
-    def wait(self, within_s: float = READY_S) -> int:
-        code = self.process.wait(within_s)
-        self._reader.join(within_s)
-        return code
 
     def kill(self) -> None:
         """Whatever it does: its workers notice, and go."""

@@ -7,41 +7,20 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
-from tests.support.processes import until
+from tests.support.processes import Command, until
 
 START_S = 240.0
-COMMAND = [sys.executable, "-m", "nearfield.cli.main"]
+MODULE = ("-m", "nearfield.cli.main")
 
 
-class Terminal:
-    """A command that goes on, in a session of its own. Its output is read as it comes."""
+class Terminal(Command):
+    """A `nearfield` command that goes on."""
 
     def __init__(self, home: Path, *arguments: str) -> None:
-        self.lines: list[str] = []
-        self.process = subprocess.Popen(
-            [*COMMAND, *arguments],
-            env={**os.environ, "NEARFIELD_HOME": str(home)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line)
-
-    @property
-    def text(self) -> str:
-        return "".join(self.lines)
+        super().__init__(home, *MODULE, *arguments)
 
     def wait_for(self, text: str, within_s: float = START_S) -> None:
         until(lambda: text in self.text or self.process.poll() is not None, within_s)
@@ -52,9 +31,7 @@ class Terminal:
         return self.wait()
 
     def wait(self, within_s: float = 90.0) -> int:
-        code = self.process.wait(within_s)
-        self._reader.join(within_s)
-        return code
+        return super().wait(within_s)
 
     def kill(self) -> None:
         self.process.kill()
@@ -64,7 +41,7 @@ class Terminal:
 def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A command, until it has ended."""
     return subprocess.run(
-        [*COMMAND, *arguments],
+        [sys.executable, *MODULE, *arguments],
         env={**os.environ, "NEARFIELD_HOME": str(home)},
         capture_output=True,
         text=True,

@@ -332,6 +332,24 @@ class TestClaims:
 EVENTS = [(b"content-type", b"text/event-stream")]
 
 
+def answer_with(
+    gate: KeyGate,
+    request: Request,
+    status: int,
+    fields: list[tuple[bytes, bytes]] | None = None,
+    body: bytes = b"",
+    *,
+    complete: bool = True,
+) -> None:
+    """Let the request in, and have it answered so."""
+    tap = let_in(gate, request).tap
+    assert tap is not None
+    tap.on_head(status, fields or [])
+    if body:
+        tap.on_data(body)
+    tap.on_end(Outcome(request), complete)
+
+
 class TestSuspects:
     def test_a_body_that_killed_twice_is_refused_and_one_that_killed_once_is_tried(self) -> None:
         suspects = Suspects()
@@ -359,11 +377,7 @@ class TestSuspects:
         gate = gate_of(suspects=suspects)
         for times in range(2):
             request = request_of({"poison": 1})
-            tap = let_in(gate, request).tap
-            assert tap is not None
-            tap.on_head(status, fields)
-            tap.on_data(body)
-            tap.on_end(Outcome(request), True)
+            answer_with(gate, request, status, fields, body)
             assert suspects.any
             assert (suspects.convicted(request) is not None) == (times == 1)
 
@@ -382,11 +396,7 @@ class TestSuspects:
         gate = gate_of(suspects=suspects)
         suspects.crashed(request_of({"poison": 1}))
         request = request_of({"poison": 1})
-        tap = let_in(gate, request).tap
-        assert tap is not None
-        tap.on_head(status, fields)
-        tap.on_data(body)
-        tap.on_end(Outcome(request), True)
+        answer_with(gate, request, status, fields, body)
         assert suspects.any
         assert suspects.convicted(request) is None
 
@@ -395,10 +405,7 @@ class TestSuspects:
         gate = gate_of(suspects=suspects)
         suspects.crashed(request_of({"poison": 1}))
         request = request_of({"poison": 1})
-        tap = let_in(gate, request).tap
-        assert tap is not None
-        tap.on_head(200, [])
-        tap.on_end(Outcome(request), True)
+        answer_with(gate, request, 200)
         assert not suspects.any
 
     def test_half_an_answer_does_not(self) -> None:
@@ -406,10 +413,7 @@ class TestSuspects:
         gate = gate_of(suspects=suspects)
         suspects.crashed(request_of({"poison": 1}))
         request = request_of({"poison": 1})
-        tap = let_in(gate, request).tap
-        assert tap is not None
-        tap.on_head(200, [])
-        tap.on_end(Outcome(request), False)
+        answer_with(gate, request, 200, complete=False)
         assert suspects.any
 
 

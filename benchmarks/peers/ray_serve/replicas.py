@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
-import threading
 from pathlib import Path
 
-import ray
+import local
 from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
@@ -53,27 +51,8 @@ def _number() -> int:
 
 
 def main() -> None:
-    stop = threading.Event()
-    for kind in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(kind, lambda *_: stop.set())
-    forwarded = {k: v for k, v in os.environ.items() if k.startswith(FORWARDED)}
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        _temp_dir=os.environ["BENCH_RAY_DIR"],
-        runtime_env={"env_vars": forwarded},
-    )
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": int(os.environ["BENCH_PORT"])})
-        sized = {"max_ongoing_requests": SLOTS} if "sized" in sys.argv else {}
-        serve.run(Replica.options(**sized).bind(), route_prefix="/")
-        print("bench: ready", flush=True)
-        stop.wait()
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    sized = {"max_ongoing_requests": SLOTS} if "sized" in sys.argv else {}
+    local.run(lambda: serve.run(Replica.options(**sized).bind(), route_prefix="/"), FORWARDED)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import threading
 
+import local
 import orjson
-import ray
 from encoder import MAX_BATCH, Encoder
 from ray import serve
 from starlette.requests import Request
@@ -37,27 +35,7 @@ class Embed:
 
 
 def main() -> None:
-    stop = threading.Event()
-    for kind in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(kind, lambda *_: stop.set())
-    forwarded = {k: v for k, v in os.environ.items() if k.startswith(FORWARDED)}
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        _temp_dir=os.environ["BENCH_RAY_DIR"],
-        runtime_env={"env_vars": forwarded},
-    )
-    try:
-        port = int(os.environ["BENCH_PORT"])
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(Embed.bind(), route_prefix="/embed")
-        print("bench: ready", flush=True)
-        stop.wait()
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    local.run(lambda: serve.run(Embed.bind(), route_prefix="/embed"), FORWARDED)
 
 
 if __name__ == "__main__":

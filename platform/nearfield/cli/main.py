@@ -14,6 +14,7 @@ from nearfield.core.errors import BadRequest, NearfieldError
 COMMANDS = {
     "new": ("scaffold", "Start a project: a model's config, and an engine if you want your own."),
     "check": ("check", "Check config files before anything is deployed."),
+    "plan": ("plan", "Plan where a model should run: hardware, region, replicas, cost."),
     "up": ("up", "Run a region on this machine, with models in it; or several, with gateways."),
     "serve": ("serve", "Add models to the running region, or upgrade them."),
     "models": ("status", "List the models of the region: where, in which state."),

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from nearfield.core.catalog import HardwareFile, PriceFile
 from nearfield.core.federation import GatewayFile, RegionFile
 from nearfield.core.problems import Finding, Problem, did_you_mean, dotted, findings, shown
 from nearfield.core.serve_config import (
@@ -24,8 +25,13 @@ from nearfield.core.spec import BUILTIN_MODELS, NAME_PATTERN, ModelSpec
 from nearfield.core.yaml_document import Document, Path
 from pydantic import BaseModel, ValidationError
 
-Kind = Literal["serve", "region", "gateway"]
-_FEDERATION: dict[Kind, type[BaseModel]] = {"region": RegionFile, "gateway": GatewayFile}
+Kind = Literal["serve", "region", "gateway", "hardware", "prices"]
+_OTHERS: dict[Kind, type[BaseModel]] = {
+    "region": RegionFile,
+    "gateway": GatewayFile,
+    "hardware": HardwareFile,
+    "prices": PriceFile,
+}
 _MODEL_ROUTE = re.compile(r"/[A-Za-z0-9._-]+")
 
 
@@ -42,11 +48,12 @@ def check(documents: Sequence[tuple[str, Document]]) -> list[Problem]:
 
 
 def kind_of(document: Document) -> Kind:
-    """What a file describes, by its first words: a region, a gateway, else a Serve config."""
+    """What a file describes, by its first words: a region, a gateway, accelerators, prices; else a
+    Serve config."""
     keys = document.value.keys() if isinstance(document.value, dict) else ()
-    if "applications" in keys or not {"region", "gateway"}.intersection(keys):
+    if "applications" in keys:
         return "serve"
-    return "region" if "region" in keys else "gateway"
+    return next((kind for kind in _OTHERS if kind in keys), "serve")
 
 
 def located(file: str, document: Document, finding: Finding) -> Problem:
@@ -87,7 +94,7 @@ def _check_document(document: Document) -> Iterator[Finding]:
         yield Finding((), "must be a section of keys", "begin with `applications:`", data)
         return
     if (kind := kind_of(document)) != "serve":
-        yield from _validate(_FEDERATION[kind], data, (), strict=True)
+        yield from _validate(_OTHERS[kind], data, (), strict=True)
         return
     if "import_path" in data and "applications" not in data:
         yield Finding(

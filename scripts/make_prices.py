@@ -11,7 +11,7 @@ repositories that the files written here name, with their licences.
 
 Of each region the latest price is taken, and of machines with the same accelerators the cheapest.
 Machines with a part of an accelerator, and accelerators that the catalogue does not describe, are
-left out, and told.
+left out, and told; so are spot prices above the on-demand one.
 """
 
 from __future__ import annotations
@@ -129,6 +129,9 @@ def main() -> int:
             if accelerator not in known or count < 1 or count != int(count):
                 left[f"{name}: {accelerator} x{count:g}"] += 1
                 continue
+            if spot is not None and on_demand is not None and spot > on_demand:
+                left[f"{name}: spot of {accelerator} above on demand"] += 1
+                spot = None
             here = kept.get((region, accelerator, int(count)))
             if here is None or (on_demand or 1e9) < (here[1] or 1e9):
                 kept[region, accelerator, int(count)] = (machine, on_demand, spot)

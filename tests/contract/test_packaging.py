@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from nearfield.core.catalog_files import FOLDERS
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -199,12 +200,38 @@ class TestWheel:
             (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
             assert b"nearfield = nearfield.cli.main:main" in archive.read(entry_points)
         packed = sorted(name for name in names if ".dist-info/" not in name)
+        catalogue = [REPO / "cluster_configs" / kind for kind in (*FOLDERS, "NOTICE.md")]
         assert packed == sorted(
-            path.relative_to(portion.parent).as_posix()
-            for portion in PORTIONS
-            for path in package_files()
-            if path.is_relative_to(portion)
+            [
+                path.relative_to(portion.parent).as_posix()
+                for portion in PORTIONS
+                for path in package_files()
+                if path.is_relative_to(portion)
+            ]
+            + [
+                f"nearfield_catalog/{path.relative_to(REPO / 'cluster_configs').as_posix()}"
+                for root in catalogue
+                for path in ([root] if root.is_file() else root.rglob("*"))
+                if path.is_file()
+            ]
         )
+
+    def test_what_is_installed_from_it_finds_its_catalogue(self, tmp_path: Path) -> None:
+        checked("-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path))
+        (wheel,) = tmp_path.glob("nearfield-*.whl")
+        installed = tmp_path / "lib" / "site-packages"
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(installed)
+        code = (
+            f"import sys; sys.path.insert(0, {str(installed)!r})\n"
+            f"import nearfield; nearfield.__path__ = [{str(installed / 'nearfield')!r}]\n"
+            "from nearfield.core.catalog_files import packaged, read_catalog\n"
+            "print(packaged(), len(read_catalog().accelerators))"
+        )
+        told = python("-c", code, cwd=tmp_path)
+        folder, _, count = told.stdout.strip().rpartition(" ")
+        assert Path(folder) == installed / "nearfield_catalog", told.stderr
+        assert int(count) > 20
 
 
 class TestLocks:

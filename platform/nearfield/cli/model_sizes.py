@@ -110,9 +110,9 @@ def _from_source(source: str, known: Mapping[str, KnownModel]) -> ModelSize:
         place = find_spec("nearfield.serving")  # found without importing it
         folders = place.submodule_search_locations if place else None
         for folder in folders or ():
-            config = Path(folder) / "builtin" / rest / "config.json"
-            if config.is_file():
-                return _from_config(_read(config), source, rest, source)
+            shipped = Path(folder) / "builtin" / rest / "config.json"
+            if shipped.is_file():
+                return _from_config(_read(shipped), source, rest, source)
         raise BadRequest(f"{source} does not ship with nearfield", param="model")
     if scheme == "file":
         return _from_config(_read(Path(rest) / "config.json"), source, Path(rest).name, source)

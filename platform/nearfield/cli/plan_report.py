@@ -225,16 +225,13 @@ def show(report: Report, *, everything: bool) -> None:
         + f", checkpoint in {size.precision} ({size.told})"
     )
     click.echo(_asked(report) + "\n")
-    rows = [row for plan in report.plans for row in _rows(plan)]
+    rows = [_row(plan, plan.choice) for plan in report.plans if plan.choice is not None]
     if rows:
-        out = ["tokens/s"] if first.tokens_out else []
-        print_table(
-            ["region", "from", "hardware", "replicas", "machines", "first token", "a token", *out,
-             "USD/month", "USD/1M tokens"] if out else
-            ["region", "from", "hardware", "replicas", "machines", "answer in", "USD/month",
-             "USD/1M tokens"],
-            rows,
-        )  # fmt: skip
+        times = ["first token", "a token", "tokens/s each"] if first.tokens_out else ["answer in"]
+        print_table(["region", "hardware", "replicas", *times, "$/month", "$/1M tokens"], rows)
+    for plan in report.plans:
+        if plan.choice is not None:
+            click.echo(_where(plan, plan.choice))
     for plan in report.plans:
         if plan.choice is None:
             _nothing(plan)
@@ -265,32 +262,37 @@ def _asked(report: Report) -> str:
     return said
 
 
-def _rows(plan: RegionPlan) -> list[list[str]]:
-    choice = plan.choice
-    if choice is None:
-        return []
+def _row(plan: RegionPlan, choice: Choice) -> list[str]:
     load = choice.replica.load
-    machine = choice.machine
-    replicas = " + ".join(f"{part.replicas} {part.capacity}" for part in choice.parts)
-    chips = machine.by_chip and choice.replica.chips > 1
-    machines = " + ".join(str(part.machines * (choice.replica.chips if chips else 1))
-                          for part in choice.parts)  # fmt: skip
     times = [f"{load.ttft_s * 1000:,.0f} ms"]
     if plan.workload.tokens_out:
-        rate = load.rps * plan.workload.tokens_out
-        times += [f"{load.tpot_s * 1000:,.1f} ms", f"{rate:,.0f} a replica"]
+        times += [f"{load.tpot_s * 1000:,.1f} ms", f"{load.rps * plan.workload.tokens_out:,.0f}"]
     return [
-        [
-            plan.region,
-            f"{machine.provider} {machine.place}",
-            choice.replica.label,
-            replicas,
-            f"{machines} {machine.name}",
-            *times,
-            _usd(choice.usd_month),
-            _cents(plan.usd_per_million_tokens),
-        ]
+        plan.region,
+        choice.replica.label,
+        " + ".join(f"{part.replicas} {part.capacity}" for part in choice.parts),
+        *times,
+        _usd(choice.usd_month),
+        _cents(plan.usd_per_million_tokens),
     ]
+
+
+def _where(plan: RegionPlan, choice: Choice) -> str:
+    """Which machines, and how a replica fits in: a line."""
+    setup, load, machine = choice.replica.setup, choice.replica.load, choice.machine
+    each = choice.replica.chips if machine.by_chip else 1
+    machines = " + ".join(f"{part.machines * each}" for part in choice.parts)
+    weights = setup.weight_bytes / setup.chips / 1e9
+    fits = setup.sequences(plan.workload.tokens_in + plan.workload.tokens_out)
+    cache = (
+        f", cache {setup.room_bytes / 1e9:,.1f} ({fits:,} fit)" if plan.workload.tokens_out else ""
+    )
+    return (
+        f"{click.style(plan.region, bold=True)}: {machines} {machine.name} of {machine.provider} "
+        f"in {machine.place}. A replica carries {_short(load.rps)} requests/s, {load.running} at "
+        f"once; of {setup.chip.memory_bytes / 1e9:,.0f} GB a chip weights take "
+        f"{_short(weights)}{cache}."
+    )
 
 
 def _nothing(plan: RegionPlan) -> None:
@@ -307,7 +309,7 @@ def _others(plan: RegionPlan, everything: bool) -> None:
         return
     click.echo(f"\nWhy not, in {plan.region}:")
     print_table(
-        ["hardware", "USD/month", "reason"],
+        ["hardware", "$/month", "reason"],
         [[_label(lost), _cost(lost), lost.reason] for lost in shown],
     )
     left = len(plan.lost) - len(shown)
@@ -411,6 +413,11 @@ def _count(number: float) -> str:
 
 def _usd(amount: float) -> str:
     return f"${amount:,.0f}" if amount >= 100 else f"${amount:,.2f}"
+
+
+def _short(number: float) -> str:
+    """Three digits that say something."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _cents(amount: float) -> str:

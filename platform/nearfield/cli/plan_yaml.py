@@ -140,7 +140,7 @@ def _resources(choice: Choice, part: Part, accelerator: Accelerator) -> dict[str
         asked["num_cpus"] = amount
     else:
         asked["resources"] = {ray.resource: amount}
-    labels = {"ray.io/market-type": part.capacity}
+    labels: dict[str, str] = {"ray.io/market-type": part.capacity}
     if ray.accelerator_type is not None:
         labels["ray.io/accelerator-type"] = ray.accelerator_type
     return {**asked, "label_selector": labels}

@@ -8,6 +8,7 @@ norms and biases, less than a thousandth, are left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -81,7 +82,7 @@ class Architecture:
         """
         if not self.experts:
             return self.dense
-        missed = (1.0 - self.experts_active / self.experts) ** tokens
+        missed = math.pow(1.0 - self.experts_active / self.experts, tokens)
         return self.dense + self.expert * self.experts * self.expert_layers * (1.0 - missed)
 
     def cached(self, tokens: float) -> float:

@@ -49,11 +49,11 @@ class Catalog:
 def packaged() -> Path:
     """The folder that comes with nearfield: the checkout's, so that there is one; else the wheel's.
 
-    In a wheel it lies in the package, beside this one; in a checkout it is not copied there.
+    A wheel puts it beside the package: `nearfield_catalog` (pyproject.toml).
     """
-    here = Path(__file__).resolve().parents[1]
-    checkout = here.parents[1] / "cluster_configs"
-    return checkout if checkout.is_dir() else here / "cluster_configs"
+    package = Path(__file__).resolve().parents[1]
+    checkout = package.parents[1] / "cluster_configs"
+    return checkout if checkout.is_dir() else package.parent / "nearfield_catalog"
 
 
 def read_catalog(others: Sequence[Path] = ()) -> Catalog:

@@ -136,13 +136,19 @@ def _finding(error: ErrorDetails, path: Path, schema: type[BaseModel], data: Any
     if kind == "missing":
         return Finding(path, "is missing", _ADD.get(key, f"add {key}"), has_value=False)
     if kind == "union_tag_not_found":
-        return Finding((*path, "kind"), "is missing", _ADD["kind"], has_value=False)
-    if kind == "union_tag_invalid" or (key == "engine" and kind == "model_attributes_type"):
+        kinds = ", ".join(_kinds_at(schema, path, data))
+        return Finding((*path, "kind"), "is missing", f"add kind: one of {kinds}", has_value=False)
+    if key == "engine" and kind in ("union_tag_invalid", "model_attributes_type"):
         kinds = ", ".join(ENGINE_KINDS)
         tag = str(context.get("tag", value))
         meant = did_you_mean(tag, ENGINE_KINDS)
         remedy = f"did you mean {meant}?" if meant else _ADD["engine"]
         return Finding(path, f"must be one of {kinds}, or module:Class", remedy, value)
+    if kind == "union_tag_invalid":
+        known, tag = _kinds_at(schema, path, data), str(context["tag"])
+        meant = did_you_mean(tag, known)
+        remedy = f"did you mean {meant}?" if meant else f"write kind: {known[0]}"
+        return Finding((*path, "kind"), f"must be {_one_of(known)}", remedy, tag)
     if kind == "literal_error":
         expected = [word.strip("' ") for word in re.split(r", | or ", str(context["expected"]))]
         foreign = _FOREIGN_VALUES.get(str(value).lower())
@@ -283,6 +289,12 @@ def _sections_at(schema: type[BaseModel], path: Path, data: Any) -> list[type[Ba
     return models
 
 
+def _kinds_at(schema: type[BaseModel], path: Path, data: Any) -> list[str]:
+    """The kinds that a section may be of."""
+    models = _sections_at(schema, path, data)
+    return [kind for model in models if (kind := _kind_of(model)) is not None]
+
+
 def _kind_of(model: type[BaseModel]) -> str | None:
     field = model.model_fields.get("kind")
     return None if field is None else str(field.default)
@@ -342,7 +354,6 @@ _ADD = {
     "import_path": "add import_path: nearfield.serving:app",
     "model": "add model: chat, the name clients ask for",
     "engine": "write engine: generate, embed, tensor, remote or vllm, or module:Class for your own",
-    "kind": f"add kind: one of {', '.join(ENGINE_KINDS)}",
     "url": "write engine as a section: {kind: remote, url: https://host/v1}",
     "label_selector": "each fallback names labels: label_selector: {key: value}",
 }

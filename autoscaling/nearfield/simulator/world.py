@@ -1,0 +1,765 @@
+"""The simulated world around the policy: its clock, gateways, health, scaling and faults.
+
+What decides is production's: `policy.route` plans and picks, `policy.health` says who is alive,
+`policy.scale` says how many replicas there should be. What a gateway knows is as old here as it is
+there: a poll a second, and what it has sent itself. How requests are computed is the modes' part:
+`events` and `fluid`.
+
+Assumed, as everywhere else in nearfield's simulations: a request reaches its region the moment it
+is sent, and its round trip is added to what the client waits.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
+from pathlib import Path
+from typing import Any
+
+from nearfield.policy import health, scale
+from nearfield.policy.endpoints import (
+    CRITICALITIES,
+    Ask,
+    Caller,
+    Endpoint,
+    EndpointState,
+)
+from nearfield.policy.route import Plan, plan
+from nearfield.simulator import scenario as s
+from nearfield.simulator.arrivals import Stream, draws, stream
+from nearfield.simulator.books import Change, InvariantError, Sample, Tally
+from nearfield.simulator.engine import Timing
+from nearfield.simulator.fleet import Pool, Replica, usd
+from nearfield.simulator.traces import distances, spot_changes
+
+Step = Callable[[scale.Signals, scale.State, scale.ScalingSpec], tuple[scale.Decision, scale.State]]
+"""`policy.scale.step`, or a baseline of the same shape."""
+
+POLL_S = (0.8, 1.2)
+"""A gateway's polls, spread as `policy.health` spreads its probes."""
+CONNECT_TIMEOUT_S = 1.0
+"""How long a region that is silent keeps a request before it is sent elsewhere. Assumed."""
+NEVER = -math.inf
+WINDOWS = 240
+"""Of a report, where the scenario does not say how long they are."""
+
+
+class Gateway:
+    """What one gateway knows.
+
+    Attributes:
+        own: its requests in flight, by pool number. rtts_s: likewise.
+        plans: by class of callers. due_s: when it polls next.
+        beliefs: about the regions.
+    """
+
+    __slots__ = ("alive", "beliefs", "due_s", "index", "name", "own", "plans", "region", "rtts_s")
+
+    def __init__(self, name: str, index: int, region: int | None, rtts_s: list[float]) -> None:
+        self.name = name
+        self.index = index
+        self.region = region
+        self.rtts_s = rtts_s
+        self.own = [0] * len(rtts_s)
+        self.plans: list[Plan | None] = []
+        self.due_s = 0.0
+        self.beliefs = health.Group()
+        self.alive = True
+
+
+@dataclass(slots=True, eq=False)
+class Source:
+    """One class of callers at one place.
+
+    Attributes:
+        callers: position of its plan. gateway: the nearest that is alive, None: there is none;
+            way_s: to it.
+    """
+
+    name: str
+    place: str
+    model: str
+    stream: Stream
+    callers: int
+    criticality: int
+    timeout_s: float
+    allowed: frozenset[str] | None
+    tally: Tally
+    nearest: list[tuple[float, Gateway]]
+    gateway: Gateway | None = None
+    way_s: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Region:
+    name: str
+    jurisdiction: str
+    pools: list[Pool] = field(default_factory=list)
+    alive: bool = True
+    lost_s: float = NEVER
+
+
+@dataclass(slots=True, eq=False)
+class Scaler:
+    """The scaling of one model in one region."""
+
+    region: Region
+    model: str
+    pools: list[Pool]
+    spec: scale.ScalingSpec
+    step: Step
+    interval_s: float
+    state: scale.State = field(default_factory=scale.State)
+    decision: scale.Decision | None = None
+    decisions: int = 0
+
+
+def static(initial: dict[str, int]) -> Step:
+    """A baseline: always as many as at the beginning."""
+
+    def step(
+        signals: scale.Signals, state: scale.State, spec: scale.ScalingSpec
+    ) -> tuple[scale.Decision, scale.State]:
+        targets = tuple(
+            scale.PoolTarget(pool.name, initial[pool.name], (), f"static: {initial[pool.name]}")
+            for pool in spec.pools
+        )
+        return scale.Decision(targets, "static"), replace(state, now_s=signals.now_s)
+
+    return step
+
+
+class World:
+    """One run. Subclasses compute the requests.
+
+    Attributes:
+        now_s: the clock. in_flight: requests that have come and not ended.
+        history: decisions that changed something, faults, losses. samples: pools by window.
+    """
+
+    def __init__(
+        self,
+        scenario: s.Scenario,
+        folder: Path,
+        *,
+        step: Step = scale.step,
+        seed: int | None = None,
+    ) -> None:
+        """
+        Args:
+            folder: what the scenario's files are relative to.
+            step: how models are scaled whose policy is `nearfield`.
+            seed: instead of the scenario's.
+
+        Raises:
+            TraceError: a recorded file cannot be used.
+        """
+        self.scenario = scenario
+        self.seed = scenario.seed if seed is None else seed
+        self.now_s = 0.0
+        self.end_s = scenario.duration_s
+        self.window_s = scenario.window_s or max(1.0, scenario.duration_s / WINDOWS)
+        self.in_flight = 0
+        self.checks = 0
+        self.history: list[Change] = []
+        self._events: list[tuple[float, int, Callable[..., None], Any]] = []
+        self._ties = 0
+        self._rng = random.Random(f"{self.seed} choices")
+        self._boots = random.Random(f"{self.seed} boots")
+        self._lives = random.Random(f"{self.seed} lives")
+        self.draw = self._rng.random
+        table = distances(scenario, folder)
+        self.regions = [Region(r.region, r.jurisdiction) for r in scenario.regions]
+        self._by_region = {region.name: region for region in self.regions}
+        self.pools = self._make_pools(folder)
+        self.samples: list[list[Sample]] = [[] for _ in self.pools]
+        self._sampled: list[tuple[float, float, float]] = [(0.0, 0.0, 0.0)] * len(self.pools)
+        self.gateways = self._make_gateways(table)
+        self._callers: list[tuple[Ask, Caller]] = []
+        self.sources = self._make_sources(folder, table)
+        for gateway in self.gateways:
+            gateway.plans = [None] * len(self._callers)
+        self.scalers = self._make_scalers(step)
+        self._folder = folder
+
+    # ---- making it ------------------------------------------------------------------------------
+
+    def _make_pools(self, folder: Path) -> list[Pool]:
+        scenario = self.scenario
+        timings = {engine.engine: Timing.of(engine) for engine in scenario.engines}
+        lengths = {model.model: self._lengths(model.model, folder) for model in scenario.models}
+        pools: list[Pool] = []
+        for index, region in enumerate(self.regions):
+            for spec in scenario.pools:
+                if spec.regions is not None and region.name not in spec.regions:
+                    continue
+                endpoint = Endpoint(
+                    region.name,
+                    spec.model,
+                    "1",
+                    spec.pool,
+                    region.jurisdiction,
+                    products=None if spec.products is None else frozenset(spec.products),
+                    unit_usd=spec.unit_usd,
+                    handicap_s=spec.handicap_ms / 1000,
+                )
+                pool = Pool(
+                    spec,
+                    endpoint,
+                    timings[spec.engine],
+                    draws(spec.boot, folder),
+                    number=len(pools),
+                    region=index,
+                    lengths=lengths[spec.model],
+                )
+                pools.append(pool)
+                region.pools.append(pool)
+        return pools
+
+    def _lengths(self, model: str, folder: Path) -> tuple[float, float]:
+        """Mean tokens of the model's first requests: what an operator would have planned with."""
+        found: list[tuple[int, int]] = []
+        for traffic in self.scenario.traffic:
+            if traffic.model == model:
+                sample = stream(traffic, folder, random.Random(0), start_s=0.0, utc_offset_h=0.0)
+                seconds = 1.0
+                part: list[tuple[int, int]] = []
+                while len(part) < 64 and seconds < 1e7:
+                    part = sample.tick(seconds, 256).lengths or part
+                    seconds *= 4.0
+                found += part
+        if not found:
+            return 1.0, 1.0
+        count = len(found)
+        return sum(pair[0] for pair in found) / count, sum(pair[1] for pair in found) / count
+
+    def _make_gateways(self, table: dict[tuple[str, str], float]) -> list[Gateway]:
+        gateways = []
+        places: list[tuple[str, int | None]] = [(r.name, i) for i, r in enumerate(self.regions)]
+        places += [(site.site, None) for site in self.scenario.sites]
+        for name, region in places:
+            rtts_s = [table[name, pool.endpoint.region] for pool in self.pools]
+            gateway = Gateway(name, len(gateways), region, rtts_s)
+            self._fresh(gateway)
+            gateways.append(gateway)
+        return gateways
+
+    def _fresh(self, gateway: Gateway) -> None:
+        """As it is after its start."""
+        gateway.own[:] = [0] * len(gateway.own)
+        gateway.plans = [None] * len(gateway.plans)
+        gateway.due_s = 0.0
+        names = [region.name for region in self.regions]
+        gateway.beliefs = health.with_members(health.Group(), names, self.now_s, start="up")
+
+    def _make_sources(self, folder: Path, table: dict[tuple[str, str], float]) -> list[Source]:
+        scenario = self.scenario
+        offsets = {r.region: r.utc_offset_h for r in scenario.regions}
+        offsets |= {site.site: site.utc_offset_h for site in scenario.sites}
+        slos = {model.model: model.slo for model in scenario.models}
+        sources = []
+        for traffic in scenario.traffic:
+            allowed = None if traffic.jurisdictions is None else frozenset(traffic.jurisdictions)
+            slo = slos[traffic.model]
+            caller = Caller(allowed, traffic.product, traffic.shared, traffic.mode, slo.ttft_s)
+            callers = (Ask(traffic.model), caller)
+            if callers not in self._callers:
+                self._callers.append(callers)
+            for place in traffic.origin or list(self._by_region):
+                nearest = [
+                    (0.0 if gateway.name == place else table[place, gateway.name], gateway)
+                    for gateway in self.gateways
+                    if gateway.name == place
+                    or (
+                        gateway.region is not None
+                        and (
+                            allowed is None or self.regions[gateway.region].jurisdiction in allowed
+                        )
+                    )
+                ]
+                nearest.sort(key=lambda way: (way[0], way[1].index))
+                sources.append(
+                    Source(
+                        traffic.traffic,
+                        place,
+                        traffic.model,
+                        stream(
+                            traffic,
+                            folder,
+                            random.Random(f"{self.seed} {traffic.traffic} {place}"),
+                            start_s=scenario.start_s,
+                            utc_offset_h=offsets[place],
+                        ),
+                        self._callers.index(callers),
+                        CRITICALITIES.index(traffic.criticality),
+                        traffic.timeout_s,
+                        allowed,
+                        Tally(self.window_s, slo.ttft_s, slo.total_s or math.inf),
+                        nearest,
+                    )
+                )
+        for source in sources:
+            _attach(source)
+        return sources
+
+    def _stands_in(self, gateway: Gateway, allowed: frozenset[str] | None) -> bool:
+        """Whether callers may come to it when their own gateway is gone."""
+        if gateway.region is None:
+            return False
+        return allowed is None or self.regions[gateway.region].jurisdiction in allowed
+
+    def _make_scalers(self, step: Step) -> list[Scaler]:
+        scalers = []
+        for region in self.regions:
+            for model in self.scenario.models:
+                pools = [pool for pool in region.pools if pool.spec.model == model.model]
+                if not pools:
+                    continue
+                scaling = model.scaling
+                initial = {pool.spec.pool: _initial(pool) for pool in pools}
+                spec = scale.ScalingSpec(
+                    tuple(pool.scaling_spec() for pool in pools),
+                    max_wait_s=scaling.max_wait_s,
+                    max_late=scaling.max_late,
+                    max_usd_per_hour=scaling.max_usd_per_hour or math.inf,
+                    idle_s=scaling.idle_s,
+                )
+                chosen = static(initial) if scaling.policy == "static" else step
+                interval_s = scaling.interval_s
+                scalers.append(Scaler(region, model.model, pools, spec, chosen, interval_s))
+        return scalers
+
+    def begin(self) -> None:
+        """The state at time 0, and what is known to happen."""
+        for pool in self.pools:
+            spot = pool.spec.spot
+            if spot is not None and spot.file is not None:
+                for at_s, replicas in spot_changes(spot, self._folder):
+                    if at_s <= 0:
+                        pool.capacity = replicas
+                    elif at_s < self.end_s:
+                        self.at(at_s, self._supply, (pool, replicas))
+            pool.target = _initial(pool)
+            for _ in range(int(min(pool.target, pool.capacity))):  # they run when it begins
+                replica = self._new_replica(pool)
+                self._boot(replica)
+        for scaler in self.scalers:
+            self.at(self.draw() * scaler.interval_s, self._scale, scaler)
+        for fault in self.scenario.faults:
+            self.at(fault.at_s, self._fault, fault)
+        self.at(self.window_s, self._sample, None)
+
+    # ---- the clock ------------------------------------------------------------------------------
+
+    def at(self, when_s: float, act: Callable[[Any], None], about: Any) -> None:
+        """Do something then. What is due at once is done in the order it was asked for."""
+        self._ties += 1
+        heappush(self._events, (when_s, self._ties, act, about))
+
+    def run(self, progress: Callable[[float], None] = lambda share: None) -> None:
+        """To the end. `progress` is told the share that is done, now and then."""
+        raise NotImplementedError
+
+    def _until(self, stop_s: float) -> None:
+        """All events before that moment."""
+        events = self._events
+        while events and events[0][0] < stop_s:
+            self.now_s, _, act, about = heappop(events)
+            act(about)
+        self.now_s = stop_s
+
+    # ---- gateways -------------------------------------------------------------------------------
+
+    def refresh(self, pool: Pool) -> None:
+        """Bring `load`, `waiting` and `queue_age_s` up to date."""
+        raise NotImplementedError
+
+    def poll(self, gateway: Gateway) -> None:
+        """Hear from all regions, and plan anew."""
+        now_s = self.now_s
+        low_s, high_s = POLL_S
+        gateway.due_s = now_s + low_s + (high_s - low_s) * self.draw()
+        members, rules = gateway.beliefs.members, gateway.beliefs.rules
+        believed = []
+        for region in self.regions:
+            upstream = members[region.name]
+            weight = health.weight(upstream, now_s, rules)
+            back_s = 0.0
+            if upstream.health != "up":
+                back_s = health.back_s(upstream, now_s, rules)
+            believed.append((upstream.health, weight, back_s))
+        own, rtts_s = gateway.own, gateway.rtts_s
+        by_model: dict[str, list[EndpointState]] = {}
+        for pool in self.pools:
+            self.refresh(pool)
+            number = pool.number
+            alive, weight, back_s = believed[pool.region]
+            ready = pool.ready
+            by_model.setdefault(pool.spec.model, []).append(
+                EndpointState(
+                    pool.endpoint,
+                    number,
+                    rtts_s[number],
+                    alive,
+                    weight,
+                    back_s,
+                    False,
+                    ready,
+                    pool.slots if ready else pool.timing.slots,
+                    pool.timing.max_queued * max(1, ready),
+                    pool.load,
+                    own[number],
+                    pool.first_byte_s,
+                    pool.hold_s,
+                    pool.queue_age_s,
+                    self._cold_start_s(pool),
+                    0.0,
+                )
+            )
+        for i, (ask, caller) in enumerate(self._callers):
+            states = by_model.get(ask.model, [])
+            gateway.plans[i] = plan(states, ask, caller, now_s=now_s, previous=gateway.plans[i])
+
+    def _cold_start_s(self, pool: Pool) -> float | None:
+        """None: as its region says, it cannot start."""
+        if pool.refused and not pool.starting:
+            return None
+        return pool.cold_start_s
+
+    def _probe(self, about: tuple[Gateway, Region]) -> None:
+        """One probe of a region that is not as it should be; and the next, until it is again."""
+        gateway, region = about
+        if not gateway.alive:
+            return
+        if region.alive:
+            self._probed((gateway, region, True, self.now_s))
+        else:
+            rules = gateway.beliefs.rules
+            self.at(
+                self.now_s + rules.probe_timeout_s,
+                self._probed,
+                (gateway, region, False, self.now_s),
+            )
+        upstream = gateway.beliefs.members[region.name]
+        steady = upstream.health == "up" and not upstream.fails and upstream.ramp_s is None
+        if not (region.alive and steady):
+            after_s = health.probe_after_s(gateway.beliefs.rules, self.draw())
+            self.at(self.now_s + after_s, self._probe, about)
+
+    def _probed(self, about: tuple[Gateway, Region, bool, float]) -> None:
+        gateway, region, passed, sent_s = about
+        in_flight = sum(gateway.own[pool.number] for pool in region.pools)
+        event = health.Probed(
+            region.name,
+            passed,
+            sent_s,
+            in_flight=in_flight,
+            heard_s=region.lost_s if region.lost_s > NEVER else None,
+            reason="" if passed else "no answer",
+        )
+        for what in (event, health.Tick()):
+            gateway.beliefs, changes = health.step(gateway.beliefs, what, self.now_s, self.draw())
+            for change in changes:
+                gateway.due_s = self.now_s
+                self._note("health", gateway.name, change.name, f"{change.after}: {change.reason}")
+
+    # ---- scaling --------------------------------------------------------------------------------
+
+    def _scale(self, scaler: Scaler) -> None:
+        self.at(self.now_s + scaler.interval_s, self._scale, scaler)
+        if not scaler.region.alive:
+            return
+        now_s = self.now_s
+        for pool in scaler.pools:
+            self.refresh(pool)
+        signals = scale.Signals(
+            self.scenario.start_s + now_s, tuple(pool.signals(now_s) for pool in scaler.pools)
+        )
+        decision, scaler.state = scaler.step(signals, scaler.state, scaler.spec)
+        scaler.decisions += 1
+        changed: dict[str, tuple[int, int]] = {}
+        for pool, target in zip(scaler.pools, decision.targets, strict=True):
+            bounds = pool.spec.min_replicas, pool.spec.max_replicas
+            if not bounds[0] <= target.replicas <= bounds[1]:
+                raise InvariantError(
+                    f"{pool.endpoint.name}: a target of {target.replicas} is not within {bounds}"
+                )
+            if target.replicas != pool.target:
+                changed[target.name] = (pool.target, target.replicas)
+            pool.target = target.replicas
+            for name in target.drain:
+                replica = pool.replicas.get(name)
+                if replica is not None and replica.stage == "ready":
+                    self._drain(replica)
+        if changed:
+            words = decision.reason
+            self._note("scale", scaler.region.name, scaler.model, words, changed)
+        scaler.decision = decision
+        for pool in scaler.pools:  # first those that give something up: it may be what pays
+            surplus = pool.serving - pool.target
+            if surplus > 0:
+                for replica in list(pool.to_stop(surplus, self.loads(pool))):
+                    if replica.stage == "starting":
+                        self._gone(replica)
+                    else:
+                        self._drain(replica)
+        for pool in scaler.pools:
+            for _ in range(pool.target - pool.serving):
+                if not self._launch(pool):
+                    break
+        bill_usd = usd(scaler.pools)
+        least_usd = sum(p.spec.min_replicas * p.spec.usd_per_hour for p in scaler.pools)
+        if bill_usd > max(scaler.spec.max_usd_per_hour, least_usd) * (1 + 1e-9):
+            raise InvariantError(
+                f"{scaler.region.name}/{scaler.model}: {bill_usd:.2f} USD an hour, and "
+                f"{scaler.spec.max_usd_per_hour:.2f} are allowed ({decision.reason})"
+            )
+
+    def _launch(self, pool: Pool) -> bool:
+        """Ask for one more replica; whether there is capacity for it."""
+        pool.refused = pool.capacity < math.inf and pool.kept >= pool.capacity
+        if pool.refused:
+            pool.refusals += 1
+            return False
+        replica = self._new_replica(pool)
+        self.at(self.now_s + max(0.0, pool.boot(self._boots)), self._booted, replica)
+        return True
+
+    def _new_replica(self, pool: Pool) -> Replica:
+        pool.launched += 1
+        name = f"{pool.endpoint.region}/{pool.spec.pool}-{pool.launched}"
+        replica = self.replica(pool, pool.take_number(), name)
+        pool.to(replica, "starting", self.now_s)
+        return replica
+
+    def _booted(self, replica: Replica) -> None:
+        if replica.stage == "starting":
+            replica.pool.booted(self.now_s - replica.asked_s)
+            self._boot(replica)
+
+    def _boot(self, replica: Replica) -> None:
+        pool = replica.pool
+        pool.to(replica, "ready", self.now_s)
+        replica.ready_s = self.now_s
+        spot = pool.spec.spot
+        if spot is not None and spot.mean_life_s is not None:
+            life_s = self._lives.expovariate(1 / spot.mean_life_s)
+            self.at(self.now_s + life_s, self._reclaim, replica)
+        self.ready(replica)
+
+    def _drain(self, replica: Replica) -> None:
+        replica.pool.to(replica, "draining", self.now_s)
+        replica.drained_s = self.now_s
+        self.drained(replica)
+        if replica.stage == "draining":
+            self.at(self.now_s + replica.pool.spec.drain_s, self._cut, replica)
+
+    def _cut(self, replica: Replica) -> None:
+        """It had its time to finish."""
+        if replica.stage == "draining":
+            self._gone(replica)
+
+    def _gone(self, replica: Replica) -> None:
+        if replica.stage != "gone":
+            replica.pool.to(replica, "gone", self.now_s)
+            self.vanished(replica)
+
+    # ---- spot -----------------------------------------------------------------------------------
+
+    def _supply(self, about: tuple[Pool, int]) -> None:
+        """There is more or less spot capacity from now on."""
+        pool, replicas = about
+        pool.capacity = replicas
+        excess = pool.kept - replicas
+        if excess <= 0:
+            return
+        kept = [r for r in pool.replicas.values() if r.due_s == math.inf]
+        kept.sort(key=lambda r: r.id)
+        for replica in self._lives.sample(kept, excess):
+            self._reclaim(replica)
+
+    def _reclaim(self, replica: Replica) -> None:
+        """It will be taken back."""
+        spot = replica.pool.spec.spot
+        assert spot is not None
+        if replica.stage == "gone" or replica.due_s < math.inf:
+            return
+        replica.due_s = self.now_s + spot.notice_s
+        self._note("notice", replica.pool.endpoint.region, replica.id, f"in {spot.notice_s:g} s")
+        self.at(replica.due_s, self._lose, replica)
+
+    def _lose(self, replica: Replica) -> None:
+        if replica.stage == "gone":
+            return
+        pool = replica.pool
+        if replica.stage == "ready":
+            pool.lost += 1
+        pool.lost_all += 1
+        self._note("lost", pool.endpoint.region, replica.id, f"while {replica.stage}")
+        self._gone(replica)
+
+    # ---- faults ---------------------------------------------------------------------------------
+
+    def _fault(self, fault: s.LoseReplicas | s.SlowReplicas | s.LoseRegion) -> None:
+        region = self._by_region[fault.region]
+        if isinstance(fault, s.LoseRegion):
+            self._lose_region(region)
+            self.at(self.now_s + fault.lasts_s, self._regain, region)
+            return
+        for pool in region.pools:
+            if pool.spec.pool != fault.pool:
+                continue
+            ready = [r for r in pool.replicas.values() if r.stage == "ready"]
+            for replica in ready[: fault.count]:
+                if isinstance(fault, s.LoseReplicas):
+                    self._lose(replica)
+                else:
+                    self._note("slow", region.name, replica.id, f"{fault.factor:g} times")
+                    self.pace(replica, fault.factor)
+                    self.at(self.now_s + fault.lasts_s, self._heal, replica)
+
+    def _heal(self, replica: Replica) -> None:
+        if replica.stage != "gone":
+            self.pace(replica, 1.0)
+
+    def _lose_region(self, region: Region) -> None:
+        if not region.alive:
+            return
+        self._note("region lost", region.name, region.name, "it is silent")
+        region.alive, region.lost_s = False, self.now_s
+        index = self.regions.index(region)
+        gone = self.gateways[index]
+        gone.alive = False
+        for source in self.sources:
+            _attach(source)
+        self.cancel(gone)
+        gone.own[:] = [0] * len(gone.own)
+        for pool in region.pools:
+            for replica in list(pool.replicas.values()):
+                pool.lost_all += 1
+                self._gone(replica)
+            self.strand(pool)
+        for gateway in self.gateways:
+            if gateway.alive:
+                self.at(self.now_s + self.draw(), self._probe, (gateway, region))
+
+    def _regain(self, region: Region) -> None:
+        self._note("region back", region.name, region.name, "empty")
+        region.alive = True
+        back = self.gateways[self.regions.index(region)]
+        back.alive = True
+        self._fresh(back)
+        for source in self.sources:
+            _attach(source)
+        for other in self.regions:
+            if not other.alive:
+                self.at(self.now_s + self.draw(), self._probe, (back, other))
+        for scaler in self.scalers:
+            if scaler.region is region:
+                scaler.state = scale.State()
+                for pool in scaler.pools:
+                    pool.target = 0
+                    pool.signals(self.now_s)  # what was before is nobody's news any more
+
+    # ---- what the modes do ----------------------------------------------------------------------
+
+    def replica(self, pool: Pool, number: int, name: str) -> Replica:
+        return Replica(pool, number, name, self.now_s)
+
+    def loads(self, pool: Pool) -> dict[str, int]:
+        """Requests by replica."""
+        return {}
+
+    def ready(self, replica: Replica) -> None:
+        """It can serve from now on."""
+
+    def drained(self, replica: Replica) -> None:
+        """It gets nothing new; if it has nothing, it goes at once."""
+
+    def vanished(self, replica: Replica) -> None:
+        """It is gone, with what it had."""
+
+    def strand(self, pool: Pool) -> None:
+        """Its region is gone: what waited there for a replica waits in vain."""
+
+    def cancel(self, gateway: Gateway) -> None:
+        """The gateway is gone, and with it the connections of all whose requests it took."""
+
+    def pace(self, replica: Replica, factor: float) -> None:
+        """It takes so many times as long from now on."""
+        replica.factor = factor
+
+    # ---- books ----------------------------------------------------------------------------------
+
+    def _note(
+        self,
+        kind: str,
+        region: str,
+        subject: str,
+        reason: str,
+        targets: dict[str, tuple[int, int]] | None = None,
+    ) -> None:
+        self.history.append(Change(self.now_s, kind, region, subject, reason, targets or {}))
+
+    def _sample(self, _: None) -> None:
+        """The end of a window."""
+        for pool, samples in zip(self.pools, self.samples, strict=True):
+            pool.accrue(self.now_s)
+            seconds = (pool.seconds["ready"], pool.seconds["starting"], pool.seconds["draining"])
+            before = self._sampled[pool.number]
+            ready, starting, draining = (
+                (a - b) / self.window_s for a, b in zip(seconds, before, strict=True)
+            )
+            samples.append(Sample(ready, starting, draining, pool.usd))
+            self._sampled[pool.number] = seconds
+        self.check()
+        if self.now_s + self.window_s <= self.end_s * (1 + 1e-9):
+            self.at(self.now_s + self.window_s, self._sample, None)
+
+    def check(self) -> None:
+        """Everything that must be true, counted anew.
+
+        Raises:
+            InvariantError: it is not.
+        """
+        self.checks += 1
+        open_ = sum(source.tally.arrived - source.tally.ended for source in self.sources)
+        if open_ != self.in_flight or open_ < 0:
+            raise InvariantError(f"{open_} requests are open, {self.in_flight} are counted")
+        for pool in self.pools:
+            stages = [replica.stage for replica in pool.replicas.values()]
+            counted = (stages.count("starting"), stages.count("ready"), stages.count("draining"))
+            if counted != (pool.starting, pool.ready, pool.draining):
+                raise InvariantError(f"{pool.endpoint.name}: replicas are miscounted: {counted}")
+            if pool.kept > pool.capacity:
+                raise InvariantError(f"{pool.endpoint.name}: more replicas than capacity")
+            if pool.serving > pool.spec.max_replicas:
+                raise InvariantError(f"{pool.endpoint.name}: more replicas than allowed")
+            numbers = {replica.number for replica in pool.replicas.values()}
+            if len(numbers) != len(pool.replicas):
+                raise InvariantError(f"{pool.endpoint.name}: two replicas share a number")
+        for gateway in self.gateways:
+            if min(gateway.own, default=0) < 0:
+                raise InvariantError(f"{gateway.name}: a count of requests is below zero")
+
+
+def _attach(source: Source) -> None:
+    """To the nearest gateway that is alive."""
+    source.gateway, source.way_s = None, 0.0
+    for way_s, gateway in source.nearest:
+        if gateway.alive:
+            source.gateway, source.way_s = gateway, way_s
+            return
+
+
+def _initial(pool: Pool) -> int:
+    initial = pool.spec.initial_replicas
+    return pool.spec.min_replicas if initial is None else max(initial, pool.spec.min_replicas)
+
+
+def outside(source: Source, pool: Pool) -> bool:
+    """Whether a request would leave its jurisdiction."""
+    return source.allowed is not None and pool.endpoint.jurisdiction not in source.allowed

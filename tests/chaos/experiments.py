@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 from nearfield.edge.idempotency import LEASE_S
+from nearfield.store.idempotency import DOUBT_S
 
 from tests.chaos import faults
 from tests.chaos.ledger import BOUND, Answer, Bars, Execution, Fault, Tally, account, misses
@@ -502,13 +503,15 @@ async def kill_gateway(world: World, size: Size) -> Result:
         run.notes.append(f"{load.in_flight} in flight")
         return Fault(faults.send(pids, signal.SIGKILL))
 
+    hold_s = 0.6
     requests = with_all(
-        planned(size.requests, RATE, name=size.name, seed=size.seed, hold_s=0.6, streams=0.0),
+        planned(size.requests, RATE, name=size.name, seed=size.seed, hold_s=hold_s, streams=0.0),
         deadline_s=30.0,
         again="broken",
         keyed=True,
     )
-    bars = Bars(failover_s=LEASE_S + 1.5, p99_times=None)
+    # Another gateway sees that a claim has no owner, then the request runs as long as any.
+    bars = Bars(failover_s=LEASE_S + DOUBT_S + hold_s + 0.5, p99_times=None)
     tally = await run.under_load(requests, act, bars, gateway_killed=True)
     return Result("gateway killed", tally, tuple(run.missed), tuple(run.notes))
 

@@ -16,6 +16,7 @@ from nearfield.core.errors import Conflict, NotFound, Unavailable
 from nearfield.policy.quota import LEASE_S, Claim, Dimension, Limits
 from nearfield.store import migrations, schema
 from nearfield.store.database import Database
+from nearfield.store.idempotency import DOUBT_S
 from nearfield.store.ports import Answered, Claimed, InFlight, OtherRequest, Usage
 from nearfield.store.sql import Store
 from sqlalchemy import exc, inspect, text
@@ -520,21 +521,46 @@ def test_many_at_once_get_one_execution(store: Store) -> None:
     assert sum(isinstance(outcome, InFlight) for outcome in outcomes) == 23
 
 
-def test_a_dead_owner_is_succeeded_and_cannot_come_back(store: Store) -> None:
+DYING: dict[str, Any] = {**LEASE, "lease_s": 0.0, "owner": "dead"}
+
+
+def test_a_dead_owner_is_succeeded_and_cannot_come_back(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     idempotency = store.idempotency
-    idempotency.claim("a", "i", **{**LEASE, "lease_s": 0.0})
+    idempotency.claim("a", "i", **DYING)
+    assert idempotency.claim("a", "i", **LEASE) == InFlight(DOUBT_S), "it is only doubted yet"
+    monkeypatch.setattr("nearfield.store.idempotency.DOUBT_S", 0.0)
     assert idempotency.claim("a", "i", **LEASE) == Claimed(2, orphaned=True)
     assert not idempotency.complete("a", "i", 1, ANSWER, keep_s=60.0)
-    assert not idempotency.extend("a", "i", 1, lease_s=60.0)
+    assert not idempotency.abandon("a", "i", 1)
     assert not idempotency.release("a", "i", 1)
     assert idempotency.complete("a", "i", 2, ANSWER, keep_s=60.0)
 
 
-def test_a_long_execution_keeps_its_claim(store: Store) -> None:
+def test_who_says_that_it_lives_keeps_all_its_claims(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also who could not say so for a while, since nobody could reach the database."""
     idempotency = store.idempotency
-    idempotency.claim("a", "i", **{**LEASE, "lease_s": 0.0})
-    assert idempotency.extend("a", "i", 1, lease_s=100.0)
-    assert isinstance(idempotency.claim("a", "i", **LEASE), InFlight)
+    for name in ("i1", "i2"):
+        idempotency.claim("a", name, **DYING)
+    assert isinstance(idempotency.claim("a", "i1", **LEASE), InFlight)
+    idempotency.lives("dead", lease_s=0.0)
+    monkeypatch.setattr("nearfield.store.idempotency.DOUBT_S", 100.0)
+    assert idempotency.claim("a", "i1", **LEASE) == InFlight(100.0), "a new doubt"
+    idempotency.lives("dead", lease_s=30.0)
+    for name in ("i1", "i2"):
+        waiting = idempotency.claim("a", name, **LEASE)
+        assert isinstance(waiting, InFlight)
+        assert 25 < waiting.lease_left_s <= 30
+
+
+def test_what_came_to_nobody_knows_what_is_orphaned_at_once(store: Store) -> None:
+    idempotency = store.idempotency
+    idempotency.claim("a", "i", **LEASE)
+    assert idempotency.abandon("a", "i", 1)
+    assert idempotency.claim("a", "i", **LEASE) == Claimed(2, orphaned=True)
 
 
 def test_what_was_not_executed_may_be_at_once(store: Store) -> None:

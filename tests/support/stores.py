@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -77,12 +78,19 @@ class MemoryIdempotency(Fragile):
             assert isinstance(attempt, int)
             if ends_s > now_s:
                 return InFlight(ends_s - now_s)
-            row |= {"attempt": attempt + 1, "ends_s": now_s + lease_s}
+            row |= {"attempt": attempt + 1, "ends_s": now_s + lease_s, "owner": owner}
             self.claimed += 1
             return Claimed(attempt + 1, orphaned=ends_s != 0.0)
 
-    def extend(self, tenant: str, key: str, attempt: int, *, lease_s: float) -> bool:
-        return self._change(tenant, key, attempt, ends_s=time.monotonic() + lease_s)
+    def lives(self, owner: str, *, lease_s: float) -> None:
+        self.check()
+        with self.lock:
+            for row in self.rows.values():
+                if row.get("owner") == owner and row["ends_s"] != 0.0:
+                    row["ends_s"] = time.monotonic() + lease_s
+
+    def abandon(self, tenant: str, key: str, attempt: int) -> bool:
+        return self._change(tenant, key, attempt, ends_s=-math.inf, owner="")
 
     def complete(
         self, tenant: str, key: str, attempt: int, answer: Answered, *, keep_s: float

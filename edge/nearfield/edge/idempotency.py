@@ -18,6 +18,8 @@ Rules:
   it is not run again, and its key is answered with 409 from then on.
 - While the store is gone, requests with a key are refused with 503. An answer that could not be
   kept is tried again for `PERSIST_S`.
+- A process that holds claims says in the store that it lives, once for all of them. When one was
+  killed, its claims are free about `LEASE_S + DOUBT_S` later (`store.idempotency`).
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import secrets
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Final, Self, TypeVar
 
 from nearfield.core.errors import (
@@ -49,10 +52,11 @@ from nearfield.store.ports import Answered, Claimed, Idempotency, InFlight, Othe
 log = logging.getLogger("nearfield.edge")
 Result = TypeVar("Result")
 
-LEASE_S: Final = 10.0
-"""How long the others wait for a gateway that was killed in the middle."""
-EXTEND_S: Final = LEASE_S / 4
-"""The store may be gone for three of these before a run loses its claim."""
+LEASE_S: Final = 0.9
+"""How long others believe that a gateway lives which has said so. Then they doubt it for a while,
+and run its requests: it may be silent for `LEASE_S + DOUBT_S`."""
+BEATS: Final = 4
+"""How often it says so within that."""
 KEEP_S: Final = 24 * 3600.0
 """How long an answer is replayed. The usage records rely on it (`recorder`)."""
 MOST_BYTES: Final = 2 * 2**20
@@ -115,14 +119,12 @@ class _Line:
 class Claim:
     """The right to run a request, which must be ended in one of three ways, once."""
 
-    __slots__ = ("_keyed", "attempt", "line", "lost", "made_s")
+    __slots__ = ("_keyed", "attempt", "line")
 
     def __init__(self, keyed: KeyedRequests, line: _Line, attempt: int) -> None:
         self._keyed = keyed
         self.line = line
         self.attempt = attempt
-        self.lost = False  # another gateway has it: its lease had run out
-        self.made_s = time.monotonic()
 
     def complete(self, answer: Answered) -> None:
         """It ran, and this is its answer."""
@@ -155,34 +157,39 @@ class KeyedRequests:
     ) -> None:
         """
         Args:
-            owner: this process, for the records.
+            owner: names this process in the records.
+            lease_s: see `LEASE_S`.
         """
         self.most_bytes = most_bytes
         self._store = store
-        self._owner = owner
+        self._owner = f"{owner}-{secrets.token_hex(4)}"  # process ids are given again
         self._lease_s = lease_s
         self._keep_s = keep_s
         self._lines: dict[tuple[str, str], _Line] = {}
-        self._claims: set[Claim] = set()
+        self._claims: set[Claim] = set()  # until the store has heard how they ended
         self._unkept_bytes = 0
         self._asking = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(THREADS, "nearfield-idempotency")
-        self._running: asyncio.Task[None] | None = None
+        # A thread of its own: neither a busy event loop nor slow claims make others think it dead.
+        self._ended = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="nearfield-claims", daemon=True)
 
     async def __aenter__(self) -> Self:
-        self._running = asyncio.create_task(self._extend(), name="idempotency")
+        self._heart.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Write down what is still to be written, if the store answers soon. Exchanges are over."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CLOSE_S)
-        for task in (*self._tasks, *(() if self._running is None else (self._running,))):
+        self._ended.set()
+        for task in tuple(self._tasks):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         self._threads.shutdown(wait=False)
+        await asyncio.to_thread(self._heart.join, CLOSE_S)
 
     @property
     def unbalanced(self) -> int:
@@ -305,6 +312,7 @@ class KeyedRequests:
                 raise _in_flight()
             pause_s = POLL_S[min(polls, len(POLL_S) - 1)]
             polls += 1
+            pause_s = min(pause_s, max(found.lease_left_s, POLL_S[0]))
             await asyncio.sleep(min(pause_s, left_s))
 
     async def _undo(self, line: _Line, asking: asyncio.Future[Any]) -> None:
@@ -314,65 +322,71 @@ class KeyedRequests:
             if isinstance(found, Claimed):
                 await self._call(lambda: self._store.release(line.tenant, line.key, found.attempt))
         except Unavailable:
-            log.warning("a claim that nobody needs could not be given back; its lease runs out")
+            log.warning("a claim that nobody needs could not be given back")
         finally:
             self._give_back(line)
 
     # ---- its end ----------------------------------------------------------------------------
 
     def _leave(self, claim: Claim) -> None:
-        self._claims.discard(claim)
-        self._give_back(claim.line)
+        self._spawn(self._free(claim, self._store.abandon))
 
     def _end(self, claim: Claim, answer: Answered | None) -> None:
-        self._claims.discard(claim)
-        line = claim.line
-        if claim.lost:
-            self._give_back(line)
-            return
         if answer is None:
-            self._spawn(self._release(claim))
-        else:
-            line.answer = answer
-            line.turn.release()  # those who wait in this process need not wait for the store
-            self._spawn(self._keep(claim, answer))
+            self._spawn(self._free(claim, self._store.release))
+            return
+        claim.line.answer = answer
+        claim.line.turn.release()  # those who wait in this process need not wait for the store
+        self._spawn(self._keep(claim, answer))
 
-    async def _release(self, claim: Claim) -> None:
+    async def _free(self, claim: Claim, how: Callable[[str, str, int], bool]) -> None:
+        """The next one may have it, once the store has heard so."""
         line = claim.line
+
+        def free() -> bool:
+            return how(line.tenant, line.key, claim.attempt)
+
         try:
-            await self._call(lambda: self._store.release(line.tenant, line.key, claim.attempt))
+            try:
+                await self._call(free)
+            except Unavailable:
+                line.turn.release()  # who waits is told that the store is gone
+                await self._persist(free, 0)
+            else:
+                line.turn.release()
         except Unavailable:
-            log.error("an idempotent request that came to nothing is not released: its lease ends")
+            log.error("an idempotent request that came to nothing could not be given back")
         finally:
-            self._give_back(line)
+            self._claims.discard(claim)
+            self._part(line)
 
     async def _keep(self, claim: Claim, answer: Answered) -> None:
+        line = claim.line
+
+        def complete() -> bool:
+            return self._store.complete(
+                line.tenant, line.key, claim.attempt, answer, keep_s=self._keep_s
+            )
+
         try:
-            await self._persist(claim, answer)
+            if not await self._persist(complete, len(answer.body)):
+                log.error("this gateway was taken for dead: an idempotent request may run twice")
         except Unavailable:
             log.error("an idempotent request's answer could not be kept: it may run twice")
         finally:
-            self._part(claim.line)
+            self._claims.discard(claim)
+            self._part(line)
 
-    async def _persist(self, claim: Claim, answer: Answered) -> None:
-        """Write an answer down; while the store is gone, try again for a while."""
-        line, size = claim.line, len(answer.body)
+    async def _persist(self, write: Callable[[], bool], size: int) -> bool:
+        """Write something of so many bytes down; while the store is gone, try for a while."""
         give_up_s = time.monotonic() + PERSIST_S
         polls = 0
         while True:
             try:
-                kept = await self._call(
-                    lambda: self._store.complete(
-                        line.tenant, line.key, claim.attempt, answer, keep_s=self._keep_s
-                    )
-                )
+                return await self._call(write)
             except Unavailable:
                 if time.monotonic() > give_up_s or self._unkept_bytes + size > PERSIST_BYTES:
                     raise
-            else:
-                if not kept:
-                    log.error("an idempotent request's lease had run out: it may run twice")
-                return
             self._unkept_bytes += size
             try:
                 await asyncio.sleep(POLL_S[min(polls, len(POLL_S) - 1)])
@@ -382,29 +396,23 @@ class KeyedRequests:
 
     # ---- the store --------------------------------------------------------------------------
 
-    async def _extend(self) -> None:
+    def _beat(self) -> None:
+        """In its thread: say that this process lives, while it holds claims."""
         swept_s = time.monotonic()
-        while True:
-            await asyncio.sleep(self._lease_s / 4)
-            now_s = time.monotonic()
-            due = [claim for claim in self._claims if now_s - claim.made_s > self._lease_s / 8]
+        while not self._ended.wait(self._lease_s / BEATS):
             try:
-                await self._call(partial(self._extend_all, due))
-                if now_s - swept_s > SWEEP_S:
-                    swept_s = now_s
-                    await self._call(self._store.sweep)
+                if self._claims or self._asking:
+                    self._store.lives(self._owner, lease_s=self._lease_s)
+                if time.monotonic() - swept_s > SWEEP_S:
+                    swept_s = time.monotonic()
+                    self._store.sweep()
             except Unavailable:
-                log.warning("the store does not answer: %d idempotent requests run on", len(due))
+                log.warning(
+                    "the store does not answer: %d keyed requests run on", len(self._claims)
+                )
             except Exception:
-                # A mistake of ours must not end the rounds: the next one may do.
-                log.exception("the leases of idempotent requests could not be extended")
-
-    def _extend_all(self, due: list[Claim]) -> None:
-        """In a thread. `lost` is only ever set."""
-        for claim in due:
-            line = claim.line
-            if not self._store.extend(line.tenant, line.key, claim.attempt, lease_s=self._lease_s):
-                claim.lost = claim in self._claims
+                # A mistake of ours must not end the beats: the next one may do.
+                log.exception("that this gateway lives could not be said")
 
     def _call(self, call: Callable[[], Result]) -> asyncio.Future[Result]:
         return asyncio.get_running_loop().run_in_executor(self._threads, call)

@@ -89,10 +89,17 @@ _USAGE_MAY_BE_GUESSED: Final = """
 ALTER TABLE usage ADD COLUMN guessed BOOLEAN NOT NULL DEFAULT FALSE;
 """
 
+_CLAIMANTS_SAY_THAT_THEY_LIVE: Final = """
+CREATE TABLE claimants (
+    owner TEXT PRIMARY KEY, lives_until_s DOUBLE PRECISION NOT NULL, doubted_s DOUBLE PRECISION
+);
+"""
+
 MIGRATIONS: tuple[str | Mapping[str, str], ...] = (
     _FIRST,
     _USAGE_IS_APPEND_ONLY,
     _USAGE_MAY_BE_GUESSED,
+    _CLAIMANTS_SAY_THAT_THEY_LIVE,
 )
 _BINARY = {"sqlite": "BLOB", "postgresql": "BYTEA"}
 

@@ -190,7 +190,7 @@ class Ledger(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """The request is the caller's to execute, until its lease ends.
+    """The request is the caller's to execute, as long as it says that it lives.
 
     Attributes:
         attempt: to be given back with the answer, so that nobody else's counts.
@@ -203,7 +203,7 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """Somebody else is executing it."""
+    """Somebody else is executing it. lease_left_s: or dead, if it is not heard of for so long."""
 
     lease_left_s: float
 
@@ -232,12 +232,16 @@ class Idempotency(Protocol):
 
         Args:
             key: the caller's `Idempotency-Key`. fingerprint: of the request: path and body.
-            owner: who asks, for the records.
-            lease_s: without `extend` or `complete` for so long, others may have it.
+            owner: the process that asks, this time it runs: another name after each start.
+            lease_s: once it has not said for so long that it lives, and `DOUBT_S` after somebody
+                noticed, others may have what it has claimed.
         """
 
-    def extend(self, tenant: str, key: str, attempt: int, *, lease_s: float) -> bool:
-        """Still executing. False: somebody else has it now."""
+    def lives(self, owner: str, *, lease_s: float) -> None:
+        """Still executing all that it has claimed."""
+
+    def abandon(self, tenant: str, key: str, attempt: int) -> bool:
+        """What came of it is not known: the next one finds it orphaned. False: as in `release`."""
 
     def complete(
         self, tenant: str, key: str, attempt: int, answer: Answered, *, keep_s: float

@@ -142,10 +142,19 @@ idempotency = Table(
     Column("fingerprint", Text, nullable=False),
     Column("owner", Text, nullable=False),
     Column("attempt", BigInteger, nullable=False),
-    Column("lease_ends_s", Double, nullable=False),  # the past: released
+    Column("lease_ends_s", Double, nullable=False),  # 0: given back; else when it was first due
     Column("expires_s", Double, nullable=False),
     Column("status", BigInteger),  # NULL: not answered
     Column("headers", Text),
     Column("body", LargeBinary),
     Index("idempotency_by_expiry", "expires_s"),
+)
+
+claimants = Table(
+    # Processes that hold claims of `idempotency`: one row each, however many those are.
+    "claimants",
+    metadata,
+    Column("owner", Text, primary_key=True),
+    Column("lives_until_s", Double, nullable=False),
+    Column("doubted_s", Double),  # when somebody first found that in the past; NULL: nobody has
 )

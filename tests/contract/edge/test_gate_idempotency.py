@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from nearfield.api.keys import Tenant
 from nearfield.core.errors import Unavailable
+from nearfield.edge.idempotency import LEASE_S
 from nearfield.edge.proxy.ports import Target
-from nearfield.store.ports import Claimed
+from nearfield.store.ports import Claimed, InFlight
 from nearfield.store.sql import Store
 
 from tests.support.edge import (
@@ -293,7 +294,7 @@ async def test_a_gateway_that_is_killed_is_succeeded_by_another(
     upstream.go_on.clear()
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "tests.support.gateways",
-        f"sqlite:///{tmp_path / 'store.sqlite3'}", str(upstream.target.port), "0.5",
+        f"sqlite:///{tmp_path / 'store.sqlite3'}", str(upstream.target.port), str(LEASE_S),
         stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
@@ -304,6 +305,7 @@ async def test_a_gateway_that_is_killed_is_succeeded_by_another(
         await until(lambda: upstream.heard)
     finally:
         process.kill()
+        killed_s = time.monotonic()
         await process.wait()
     await asyncio.wait_for(upstream.left.wait(), 5)  # what ran for it was cancelled
     upstream.left.clear()
@@ -313,9 +315,30 @@ async def test_a_gateway_that_is_killed_is_succeeded_by_another(
         found = await asking(own, authorization)()
         assert (found.status, found.json()) == (200, {"executed": 1})
         assert not replayed(found)
+        assert time.monotonic() - killed_s < 1.5
         again = await asking(own, authorization)()
         assert replayed(again)
     assert upstream.executed == 1
+
+
+async def test_a_gateway_that_stands_still_for_less_is_not_taken_for_dead(
+    store: Store, upstream: Counting, authorization: str
+) -> None:
+    """Its event loop does nothing for longer than a lease: another thread says that it lives."""
+    upstream.go_on.clear()
+    async with gateway(store, [upstream.target], lease_s=0.2) as own:
+        first = asyncio.ensure_future(asking(own, authorization)())
+        await until(lambda: upstream.heard)
+        time.sleep(0.5)  # noqa: ASYNC251 - that is the fault
+        (row,) = own.keyed._claims
+        found = await asyncio.to_thread(
+            store.idempotency.claim, "acme", "i1",
+            fingerprint=str(row.line.fingerprint), owner="other", lease_s=1.0,
+        )  # fmt: skip
+        assert isinstance(found, InFlight)
+        assert found.lease_left_s <= 0.2, "it has said so just now"
+        upstream.go_on.set()
+        assert (await first).status == 200
 
 
 async def test_what_may_have_had_effects_is_not_run_again(

@@ -430,6 +430,18 @@ class TestUsage:
         ]
         assert list((tmp_path / "spool").iterdir()) == []
 
+    async def test_a_broken_answer_is_billed_where_it_came_from(
+        self, store: Store, tmp_path: Path
+    ) -> None:
+        """And not where the second try was that was cancelled when it began."""
+        async with recording(ledger=store.ledger, spool=tmp_path / "spool") as recorder:
+            winner = attempt(failure="truncated")
+            hedge = attempt(routed("us-east/chat@1/default"), failure="cancelled", status=0)
+            told = outcome(winner, hedge, error="upstream_failed", used=Tokens(10, 0, 2))
+            recorder.done(told)
+        (total,) = store.ledger.totals(["endpoint"])
+        assert total.group == ("eu-west/chat@1/default",)
+
     async def test_what_others_bill_or_nobody_executed_is_not(
         self, store: Store, tmp_path: Path
     ) -> None:

@@ -397,7 +397,7 @@ def _entry(outcome: Outcome, request: Request, clock_s: float) -> Entry:
     tries = outcome.attempts
     winner: Attempt | None = None
     for attempt in tries:
-        if attempt.failure is None:
+        if attempt.failure is None or (attempt.first_byte_s and attempt.failure != "status"):
             winner = attempt
             break
     leg = (winner or tries[-1]).leg if tries else None

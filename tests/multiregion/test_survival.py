@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import itertools
 import json
+import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -195,3 +198,24 @@ def test_another_process_takes_over_and_refuses_nobody(fleet: Fleet, us: Member)
     after = us.gateway.told
     assert after is not None
     assert (after.pid, after.url) == (new.process.pid, before.url)
+
+
+def test_a_region_that_is_killed_fails_nobody_who_may_go_elsewhere(
+    fleet: Fleet, eu: Member, us: Member
+) -> None:
+    """Its gateway lives; its only replica and everything else go. The last test: it stays so."""
+    cluster = processes.of_region(running(eu).state.region_id)
+    with Load(fleet, eu, us, clients=4) as load:
+        for process in cluster:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        load.more(100)
+    assert load.failed == []
+    for member in (eu, us):
+        refused = httpx.post(
+            f"{member.gateway_url}/v1/completions",
+            json={"model": MODEL, "prompt": "say:nowhere"},
+            headers=fleet.headers("eu"),
+        )
+        assert refused.status_code == 503, refused.text
+        assert int(refused.headers["retry-after"]) >= 1

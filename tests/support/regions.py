@@ -57,6 +57,7 @@ class Replica(Upstream):
         load: what it tells of itself, as far as it differs from an idle one.
         frozen: it takes connections and answers nothing. status: what it answers requests with.
         hold_s: how long it computes. asked: the requests it got, without questions.
+        dies_of: it is killed by a request that has this in it.
     """
 
     def __init__(self, name: str, *, model: str = "chat", version: str = "1") -> None:
@@ -68,6 +69,7 @@ class Replica(Upstream):
         self.frozen = False
         self.hold_s = 0.0
         self.status = 200
+        self.dies_of: str | None = None
         self.asked: list[Heard] = []
         self.alive = True
 
@@ -94,6 +96,9 @@ class Replica(Upstream):
             writer.write(answer(b"{}", self.status))
             return
         self.asked.append(heard)
+        if self.dies_of is not None and self.dies_of in heard.body.decode():
+            self._death = asyncio.ensure_future(self.kill())
+            await asyncio.Event().wait()  # it ends this task as well
         if self.hold_s:
             computing = asyncio.ensure_future(asyncio.sleep(self.hold_s))
             leaving = asyncio.ensure_future(reader.read(1))
@@ -411,7 +416,7 @@ async def listen(
     router: Router = each.router
     retries: Retries = Careful(max_attempts)
     if limit is not None:
-        retries = BudgetRetries(Suspects())
+        retries = BudgetRetries(Suspects(), region_lost=each.world.is_lost)
         router = each.limited = LimitedRouter(router, retries, limit=limit)
         each.stack.callback(check_tries, each.limited)
     pages = Table(ModelPages(each.world, None).routes())

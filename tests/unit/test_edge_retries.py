@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from nearfield.core.errors import NearfieldError
-from nearfield.edge.decisions import Routed
+from nearfield.edge.decisions import FROM, Routed
 from nearfield.edge.limiter import LimitedRouter
 from nearfield.edge.proxy.ports import Attempt, FailureKind, Grant, Request, Target
 from nearfield.edge.retries import DEATH_S, BudgetRetries
@@ -207,29 +207,17 @@ class TestPlaces:
         assert attempt.grant is not None
         assert attempt.grant.about.confined is None
 
-    def test_or_looks_like_it(self) -> None:
-        """Two of its replicas at once, and none that answered since."""
+    def test_what_died_behind_another_gateway_is_a_suspect_here_too(self) -> None:
         world = World()
-        grant, request = granted(), request_of()
-        first = world.start(ONE, grant=grant, request=request)
-        world.end(first, "closed")
-        world.now_s = 0.01
-        second = world.start(TWO, grant=grant, request=request)
-        world.end(second, "refused")
-        assert world.again(first, second)
-        assert grant.about.confined is None
-
-    def test_while_another_replica_answers_it_is_not_lost(self) -> None:
-        world = World()
-        grant, request = granted(), request_of()
-        first = world.start(ONE, grant=grant, request=request)
-        world.end(first, "closed")
-        world.now_s = 0.01
-        world.end(world.start(THREE, request=request_of({"n": 9})))
-        second = world.start(TWO, grant=grant, request=request)
-        world.end(second, "refused")
-        assert world.again(first, second)
-        assert grant.about.confined == "eu"
+        attempts = [world.start(ONE, leg=leg_of(ONE, "us", None)) for _ in range(10)]
+        for attempt in attempts:
+            attempt.code = b"replica_lost"
+            world.end(attempt, "status", 503)
+            assert world.again(attempt), "the work of the dead is done again whatever it costs"
+            assert attempt.grant is not None
+            assert attempt.grant.about.accused
+            assert attempt.grant.about.confined == "us", "until the Router lets it go"
+        assert world.suspects.any
 
     def test_one_crossing_is_enough(self) -> None:
         world = World()
@@ -316,6 +304,12 @@ class TestBudget:
         world.end(refused, "refused")
         assert world.again(refused), "nobody ran it"
 
+    def test_also_where_nobody_signs_passports(self) -> None:
+        world = World()
+        attempt = world.start(ONE, request=request_of(headers={FROM: b"edge"}))
+        world.end(attempt, "status", 503)
+        assert not world.again(attempt)
+
     def test_not_after_its_deadline(self) -> None:
         world = World()
         attempt = world.start(ONE)
@@ -382,4 +376,3 @@ def test_ten_thousand_targets_leave_nothing_behind() -> None:
     assert retries.unbalanced == 0
     assert len(retries._deaths) < 1500
     assert len(retries._doubts) < 500
-    assert sum(len(lost) for lost in retries._lost.values()) < 500

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from nearfield.core.errors import Unprocessable
 from nearfield.policy.quarantine import (
+    Fate,
     Quarantine,
     Record,
+    departure,
     fingerprint,
     may_try,
     refusal,
@@ -116,6 +118,27 @@ def test_what_another_gateway_found_guilty_is() -> None:
     assert quarantine.standing(A, 12.0) == "quarantined"
     assert quarantine.standing(B, 12.0) == "suspect"
     assert quarantine.standing(A, 11.0 + 600.0) == "clear"
+
+
+def test_what_another_gateway_suspects_dies_of_its_next_death() -> None:
+    quarantine = Quarantine().accused(A, 10.0)
+    assert quarantine.standing(A, 11.0) == "suspect"
+    assert quarantine.accused(A, 12.0) is quarantine
+    assert quarantine.absolved(A).standing(A, 13.0) == "clear"
+    assert died(quarantine, 20.0, A, tried=A).standing(A, 21.0) == "quarantined"
+    convicted = Quarantine().convicted(A, 10.0)
+    assert convicted.accused(A, 11.0) is convicted
+
+
+@pytest.mark.parametrize(
+    ("fate", "slight", "grave"),
+    [("lost", "go", "go"), ("unheard", "wait", "wait"), ("alive", "go", "stay")],
+)
+def test_no_request_takes_a_whole_region_so_suspects_may_leave_a_lost_one(
+    fate: Fate, slight: str, grave: str
+) -> None:
+    assert departure(fate, slight=True) == slight
+    assert departure(fate, slight=False) == grave
 
 
 def test_the_sender_is_told() -> None:

@@ -20,6 +20,7 @@ from nearfield.api.load import Target as Told
 from nearfield.core.errors import BadRequest
 from nearfield.core.federation import GatewayFile, RegionFile
 from nearfield.edge import last_good
+from nearfield.edge.beliefs import Peer
 from nearfield.edge.home import KEEP_LAST_S, HomeEndpoint, Replica
 from nearfield.edge.known import RESTING, Books
 from nearfield.edge.proxy.ports import Attempt, FailureKind, Leg
@@ -459,6 +460,52 @@ def test_home_lives_as_long_as_a_replica_answers() -> None:
     assert found.filter == "health"
 
 
+def test_when_a_replica_fails_the_roll_is_called() -> None:
+    """Whether a request has killed it or the region is lost, only the others can tell."""
+    walk = Walk()
+    walk.agent(app(["a", "b"]))
+    walk.load()
+    doubted: list[Peer] = []
+    walk.world.doubt = doubted.append
+    walk.now_s += 0.01
+    died_s = walk.now_s
+    walk.ended(walk.replica("a"), "closed")
+    home = walk.world.region("eu")
+    assert {each.name for each in doubted} == {home.name, *(r.name for r in walk.world.replicas())}
+    assert not walk.world.home_lived(died_s)
+    walk.load("b")
+    assert walk.world.home_lived(died_s)
+
+
+def test_who_may_be_gone_is_asked_again_at_once_until_it_is_settled() -> None:
+    walk = Walk()
+    walk.agent(app(["a"]))
+    walk.load()
+    walk.region("us")
+    doubted: list[Peer] = []
+    walk.world.doubt = doubted.append
+    replica, home, us = walk.replica("a"), walk.world.region("eu"), walk.world.region("us")
+    walk.world.agent_silent("refused", walk.now_s)
+    assert doubted == [], "a replica answers: only the agent is gone"
+    walk.world.replica_silent(replica, "refused", walk.now_s)
+    assert doubted == [replica]
+    walk.world.replica_silent(replica, "refused", walk.now_s)
+    assert doubted[1:] == [home], "the last replica is gone: is it the region?"
+    walk.world.agent_silent("refused", walk.now_s)
+    assert doubted[2:] == [home]
+    walk.world.agent_silent("refused", walk.now_s)
+    assert walk.world.is_lost("eu")
+    for _ in range(3):
+        walk.world.agent_silent("refused", walk.now_s)
+        walk.world.replica_silent(replica, "refused", walk.now_s)
+    assert len(doubted) == 3, "what is settled is asked at the usual pace"
+    walk.world.region_silent(us, "no answer in time", walk.now_s)
+    assert len(doubted) == 3, "that took its time"
+    walk.world.region_silent(us, "refused", walk.now_s)
+    assert walk.world.is_lost("us")
+    assert len(doubted) == 3
+
+
 def test_a_tiny_inference_that_hangs_takes_a_replica_out_and_brings_it_back() -> None:
     walk = Walk()
     walk.agent(app(["a", "b"]))
@@ -536,6 +583,21 @@ def test_a_region_that_keeps_requests_waiting_is_asked_before_its_turn() -> None
     walk.wait(5)
     assert doubted == [region]  # its answer has begun
     region.running.clear()
+
+
+def test_a_way_that_seems_much_longer_is_measured_again_at_once() -> None:
+    walk = Walk(home=None)
+    for _ in range(20):
+        walk.region("us", took_s=0.081)
+    doubted: list[Peer] = []
+    walk.world.doubt = doubted.append
+    walk.region("us", took_s=0.095)
+    assert doubted == []
+    for _ in range(3):
+        walk.region("us", took_s=0.581)
+    assert len(doubted) == 2
+    (known,) = walk.world.region("us").endpoints.values()
+    assert known.state.rtt_s > 0.4, "believed after three"
 
 
 def test_an_endpoint_that_is_no_longer_told_of_drains_and_goes() -> None:

@@ -38,6 +38,8 @@ class Rules:
     Attributes:
         probe_s, probe_timeout_s, deep_probe_s: how often, how long; the deep one is a tiny
             inference. Times are spread by `jitter` each way.
+        overdue_timeout_s: how long a probe may take beyond its way, where requests are overdue too:
+            see `patience_s`.
         fails: probes in a row that take it out. passes: that bring it back.
         consecutive: failed requests in a row that eject.
         share, least, window_s: or this share failed of at least so many in so long.
@@ -50,6 +52,7 @@ class Rules:
 
     probe_s: float = 1.0
     probe_timeout_s: float = 1.0
+    overdue_timeout_s: float = 0.65
     deep_probe_s: float = 5.0
     jitter: float = 0.2
     fails: int = 2
@@ -202,6 +205,19 @@ def back_s(upstream: Upstream, now_s: float, rules: Rules) -> float:
 def probe_after_s(rules: Rules, draw: float, *, deep: bool = False) -> float:
     """How long to wait from one probe to the next. draw: uniform in [0, 1)."""
     return _jittered(rules.deep_probe_s if deep else rules.probe_s, rules, draw)
+
+
+def patience_s(rules: Rules, *, way_s: float, overdue: bool) -> float:
+    """How long a probe is waited for.
+
+    Args:
+        way_s: its round trip, as measured.
+        overdue: answers are late, and nothing has been heard since they were due. Then both are
+            silent together, which says more than a slow probe page does, and is believed sooner.
+    """
+    if not overdue:
+        return rules.probe_timeout_s
+    return min(rules.probe_timeout_s, rules.overdue_timeout_s + way_s)
 
 
 def _jittered(seconds: float, rules: Rules, draw: float) -> float:

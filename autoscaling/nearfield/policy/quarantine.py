@@ -16,6 +16,11 @@ before its trial: a prompt that everybody sends is in every replica whatever kil
 
 An engine that dies alone inside a replica that lives (`engine_crashed`) names its culprit itself:
 that is a death with one body inside.
+
+A suspect is tried in its own region, lest it take others' replicas too. It leaves (`departure`)
+where that region is lost altogether, for no request does that; and, once in its life, if it is only
+slightly suspected and its region has nobody left to run it. Where it comes to it is a suspect as
+well (`accused`), so that the next death there convicts it.
 """
 
 from __future__ import annotations
@@ -40,6 +45,9 @@ QUARANTINE_S = 600.0
 MOST_RECORDS = 1024
 """Bodies remembered. Beyond them the oldest suspects are forgotten, then the oldest convicts."""
 
+Fate = Literal["lost", "alive", "unheard"]
+"""Of a region whose replica died: nothing in it answers any more; something that was asked since
+has; neither is known yet, and will be within `health.Rules.fails` quick questions."""
 Standing = Literal["clear", "suspect", "quarantined"]
 Suspicion = Literal["slight", "fresh", "grave"]
 """`slight`: it had outlived the time in which requests kill, and runs beside others. `fresh`: it is
@@ -84,6 +92,14 @@ class Quarantine:
         """Another gateway has found one with this fingerprint guilty."""
         records = {k: r for k, r in self.records.items() if k != body}
         records[body] = Record(KILLS, now_s + QUARANTINE_S, convicted=True)
+        return Quarantine(_bounded(records), self.recent)
+
+    def accused(self, body: bytes, now_s: float) -> Quarantine:
+        """Another gateway suspects one with this fingerprint: a replica died with it inside."""
+        if self.standing(body, now_s) != "clear":
+            return self
+        records = {k: r for k, r in self.records.items() if k != body}
+        records[body] = Record(1, now_s + SUSPECT_S)
         return Quarantine(_bounded(records), self.recent)
 
     def absolved(self, body: bytes) -> Quarantine:
@@ -176,6 +192,18 @@ def may_try(body: bytes, *, trying: Collection[bytes], suspects_there: int) -> b
         trying: bodies on trial in this region. suspects_there: those on the replica it would go to.
     """
     return body not in trying and suspects_there == 0
+
+
+def departure(fate: Fate, *, slight: bool) -> Literal["go", "wait", "stay"]:
+    """Whether a suspect may leave its region, where nobody is left that could run it now.
+
+    Args:
+        fate: of that region. slight: it is not tried (`suspicion`): it had outlived the time in
+            which requests kill, so that it hardly did it.
+    """
+    if fate == "unheard":
+        return "wait"
+    return "go" if fate == "lost" or slight else "stay"
 
 
 def refusal(record: Record, now_s: float) -> Unprocessable:

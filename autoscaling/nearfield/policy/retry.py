@@ -123,6 +123,19 @@ def _obstacle(
     return None
 
 
+def may_repeat(*, fault: bool, runs: int, replicas: int) -> bool:
+    """Whether a region that failed a request may be asked again, for another replica of its own.
+
+    A region's gateway runs what another one sent it once: who sent it has the budget, and asks
+    again within it, naming the replicas that are to be avoided. So two budgets never multiply.
+
+    Args:
+        fault: of the replica's own (`health.is_fault`), and not of a full queue.
+        runs: so far in that region. replicas: that it has.
+    """
+    return fault and runs < replicas
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """Extra requests, as a share of the requests themselves, over a sliding window.

@@ -28,6 +28,9 @@ MOST = 4.0
 LEAST_DEVIATION = 0.02
 """Smallest deviation believed in, as a share of the level."""
 
+URGENT_S = 0.1
+"""A way that seems so much longer costs every request more than a probe: ask again at once."""
+
 DEVIATION_MEMORY = 32
 """Probes over which the deviation is averaged."""
 
@@ -52,6 +55,12 @@ class Rtt:
     _down: float = 0.0
     _down_probes: int = 0
     _down_s: float = 0.0
+
+    @property
+    def urgent(self) -> bool:
+        """The last probes say that the way is much longer, and are not yet believed."""
+        doubtful = self._up >= MOST - ALLOWANCE
+        return doubtful and self._up_s / self._up_probes - self.level_s >= URGENT_S
 
     def learn(self, measured_s: float) -> Rtt:
         """After one more probe that was answered in `measured_s`."""

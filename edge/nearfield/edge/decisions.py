@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from nearfield.api.keys import Principal
 from nearfield.edge.proxy.ports import Leg
@@ -17,6 +17,23 @@ from nearfield.policy.explain import Explanation
 
 Kind = Literal["generate", "embed", "tensor", "other"]
 """Of work: what may be hedged, and how its size is guessed."""
+
+# What gateways tell each other of a request, in its head.
+FROM: Final = b"x-nearfield-from"
+"""Names the gateway that sent a request here. Also where nobody signs passports it keeps requests
+from going round: whoever sends it is served at home, and gains nothing by it."""
+VERSION: Final = b"x-nearfield-version"
+TRIAL: Final = b"x-nearfield-trial"
+"""The fingerprint of a body that was inside a replica when that died: it is tried alone."""
+SUSPECT: Final = b"x-nearfield-suspect"
+"""Its body was inside a replica that died, but hardly did it: it runs beside others, and is
+remembered for it if another one dies."""
+AVOID: Final = b"x-nearfield-avoid"
+"""Replicas that failed on it, as their answers named them: another one is to have it, if any is."""
+
+REPLICA_LOST: Final = "replica_lost"
+"""The code of a region's gateway that cannot run a request again which was inside a replica that
+died: whoever sent it may, elsewhere, as a suspect."""
 
 
 @dataclass(slots=True, eq=False)
@@ -53,8 +70,8 @@ class Admission:
         trial: the fingerprint of its body, once it may have killed a replica: from then on it runs
             only where no other suspect does (`policy.quarantine.may_try`). trial_s: how long that
             is; None: to its end.
-        accused: it was inside a replica that died, and leaves its region no more, although it is
-            not tried (`policy.quarantine.suspicion`).
+        accused: it was inside a replica that died, and leaves its region only as
+            `policy.quarantine.departure` says, although it is not tried (`suspicion`).
         confined: the region that its next try may not leave; None: any will do.
         tries: begun for it so far.
     """

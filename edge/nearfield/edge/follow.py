@@ -2,10 +2,12 @@
 
     home's agent        four times a second    which replicas are there
     home's replicas     four times a second    what each has to do
-    other regions       once a second, ± 20 %  their endpoints; how far they are
+    other regions       once a second, ± 20 %  their endpoints; how far they are; at once, if
+                                               requests there are overdue or the way seems longer
     what is in use      every five seconds     a tiny inference, if none has been answered since
 
-and at once whoever has just failed a request's connection. A question that is not answered is
+and at once whoever has just failed a request's connection; if that was a replica, all of home: did
+a request kill it, or is the region lost? A question that is not answered is
 evidence, unless it was this process that stood still. A tiny inference goes only to what requests
 are sent to: a model that nobody uses is left alone, or it would never scale to zero.
 """
@@ -33,12 +35,12 @@ from nearfield.api.load import (
 from nearfield.api.passport import HEADER
 from nearfield.edge import last_good
 from nearfield.edge.beliefs import Peer
+from nearfield.edge.decisions import FROM
 from nearfield.edge.elsewhere import Region
 from nearfield.edge.home import HomeEndpoint, Replica
 from nearfield.edge.known import Known
 from nearfield.edge.proxy.ports import Target
 from nearfield.edge.questions import Questions, Reply, Silent
-from nearfield.edge.router import FROM
 from nearfield.edge.world import HOME_RULES, World
 from nearfield.policy.health import Rules, probe_after_s
 
@@ -95,7 +97,8 @@ class Follower:
         world.round()
         world.doubt = self._hurry
         if world.home is not None:
-            self._start("home", self._repeat(self._ask_agent, HOME_RULES, None))
+            home = world.region(world.home.region)
+            self._start("home", self._repeat(self._ask_agent, HOME_RULES, home))
         for region in world.others:
             work = self._repeat(partial(self._ask_region, region), REGION_RULES, region)
             self._start(region, work)
@@ -118,14 +121,10 @@ class Follower:
     def _start(self, key: object, work: Coroutine[Any, Any, None]) -> None:
         self._tasks[key] = asyncio.create_task(work, name=f"follow {key}")
 
-    async def _repeat(
-        self, ask: Callable[[], Awaitable[None]], rules: Rules, peer: Peer | None
-    ) -> None:
+    async def _repeat(self, ask: Callable[[], Awaitable[None]], rules: Rules, peer: Peer) -> None:
         """Ask, wait, ask; sooner where `peer` is in doubt."""
         loop = asyncio.get_running_loop()
-        due = asyncio.Event()
-        if peer is not None:
-            self._hurries[peer] = due
+        due = self._hurries[peer] = asyncio.Event()
         try:
             while True:
                 began_s = loop.time()
@@ -143,8 +142,7 @@ class Follower:
                 if early_s > 0:
                     await asyncio.sleep(early_s)
         finally:
-            if peer is not None:
-                self._hurries.pop(peer, None)
+            self._hurries.pop(peer, None)
 
     def _hurry(self, peer: Peer) -> None:
         due = self._hurries.get(peer)
@@ -202,7 +200,7 @@ class Follower:
         assert world.home is not None
         sent_s = world.clock()
         try:
-            reply = await self._get(world.home.serve, TARGETS_PATH, HOME_RULES)
+            reply = await self._get(world.home.serve, TARGETS_PATH, HOME_RULES.probe_timeout_s)
             targets = _read(reply, parse_targets)
         except Silent as silent:
             if not silent.void:
@@ -220,7 +218,7 @@ class Follower:
         own_at, work_at = world.running.own[number], world.running.work[number]
         sent_s = world.clock()
         try:
-            reply = await self._get(replica.target, LOAD_PATH, HOME_RULES)
+            reply = await self._get(replica.target, LOAD_PATH, HOME_RULES.probe_timeout_s)
             load = _read(reply, parse_load)
         except Silent as silent:
             if not silent.void:
@@ -235,7 +233,8 @@ class Follower:
         own_at = {known.number: own[known.number] for known in region.endpoints.values()}
         sent_s = region.asked_s = world.clock()
         try:
-            reply = await self._get(region.target, REGION_PATH, REGION_RULES)
+            patience_s = world.patience_s(region, REGION_RULES)
+            reply = await self._get(region.target, REGION_PATH, patience_s)
             report = _read(reply, parse_region)
         except Silent as silent:
             if not silent.void:
@@ -243,10 +242,9 @@ class Follower:
             return
         world.region_answered(region, report, reply.took_s, own_at, sent_s)
 
-    async def _get(self, target: Target, path: str, rules: Rules) -> Reply:
-        return await self._questions.ask(
-            target, path.encode("ascii"), rules.probe_timeout_s, headers=self._signature()
-        )
+    async def _get(self, target: Target, path: str, timeout_s: float) -> Reply:
+        headers = self._signature()
+        return await self._questions.ask(target, path.encode("ascii"), timeout_s, headers=headers)
 
     def _signature(self) -> bytes:
         """The header lines that say who asks."""

@@ -42,7 +42,7 @@ from nearfield.api.passport import (
 )
 from nearfield.core.errors import BadRequest, DeadlineExceeded, NearfieldError, NotFound
 from nearfield.core.spec import NAME_PATTERN
-from nearfield.edge.decisions import Admission, Kind
+from nearfield.edge.decisions import SUSPECT, TRIAL, Admission, Kind
 from nearfield.edge.idempotency import Keeper, KeyedRequests, check_key, replay
 from nearfield.edge.meter import BYTES_PER_TOKEN, Meter
 from nearfield.edge.proxy.answers import refusal
@@ -258,6 +258,8 @@ class KeyGate:
                 convicted = self._suspects.look_at(request, admission)
                 if convicted is not None:
                     raise convicted
+            if by_gateway and (SUSPECT in request.headers or TRIAL in request.headers):
+                self._suspects.accused_elsewhere(request)
             key = admission.idempotency_key = None if by_gateway else self._key(request)
         except NearfieldError as error:
             return self._refused(request, principal, error)

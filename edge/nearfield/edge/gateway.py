@@ -188,14 +188,11 @@ class Gateway:
         world, suspects = self.world, Suspects()
         router = WorldRouter(world)
 
-        def region_lost(name: str) -> bool:
-            return world.alive.of(name).health == "down"
-
         def wait_s(request: Request, grant: Grant, attempts: Sequence[Attempt]) -> float | None:
             prospect = router.prospect(request, grant, attempts)
             return None if prospect is None else prospect.wait_s
 
-        retries = BudgetRetries(suspects, region_lost=region_lost, wait_s=wait_s)
+        retries = BudgetRetries(suspects, region_lost=world.is_lost, wait_s=wait_s)
         gate = KeyGate(
             suspects,
             table=None if accounts is None else accounts.table,

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
-from nearfield.edge.decisions import Admission, Routed
+from nearfield.edge.decisions import FROM, REPLICA_LOST, Admission, Routed
 from nearfield.edge.proxy.ports import NEVER_SENT, Attempt, Grant, Request, Target
 from nearfield.edge.suspects import Suspects
 from nearfield.policy import retry
@@ -30,11 +30,11 @@ to a replica and back takes less."""
 DOUBT_S: Final = 2.0
 """How long a refused connection after that says that it was a death nevertheless."""
 TOGETHER_S: Final = 2.0
-"""Replicas of one region that are lost within so long, while none of them answers: the region is
-lost, or cannot be told from a lost one. No request does that."""
+"""What was inside a target when it died hears of it within so long."""
 MARK_S: Final = 1.0
 NOBODY_THERE: Final = frozenset((b"no_capacity", b"no_healthy_region", b"not_here"))
 """Codes of a region's gateway that had nobody to give the request to: it was never run there."""
+_REPLICA_LOST: Final = REPLICA_LOST.encode()
 SAFE_METHODS: Final = frozenset((b"GET", b"HEAD", b"OPTIONS"))
 
 
@@ -79,8 +79,6 @@ class BudgetRetries:
         self._answers: dict[str, Quantile] = {}  # by model
         self._deaths: dict[Target, float] = {}
         self._doubts: dict[Target, Attempt] = {}
-        self._lost: dict[str, dict[Target, float]] = {}  # by region
-        self._answered_s: dict[str, float] = {}  # by region
 
     # ---- told by the LimitedRouter ----------------------------------------------------------
 
@@ -118,9 +116,6 @@ class BudgetRetries:
 
     def _answered(self, attempt: Attempt) -> None:
         leg = attempt.leg
-        ended_s = attempt.ended_s or self._clock()
-        if isinstance(leg, Routed):
-            self._answered_s[leg.region] = ended_s
         if attempt.status != 200 or attempt.first_byte_s is None or attempt.grant is None:
             return
         admission: Admission = attempt.grant.about
@@ -133,7 +128,6 @@ class BudgetRetries:
         doubt = self._doubts.pop(attempt.leg.target, None)
         if doubt is not None and doubt.ended_s is not None and now_s - doubt.ended_s < DOUBT_S:
             self._bury(doubt, (doubt,))
-        self._note_lost(attempt, now_s)
 
     def _broken(self, attempt: Attempt, company: Collection[Attempt]) -> None:
         now_s = attempt.ended_s or self._clock()
@@ -151,21 +145,9 @@ class BudgetRetries:
         now_s = attempt.ended_s or self._clock()
         leg = attempt.leg
         self._deaths[leg.target] = now_s
-        self._note_lost(attempt, now_s)
         # What ends the connections of a region's gateway, or of its ingress, is no request's doing.
         if inside and isinstance(leg, Routed) and leg.replica is not None:
             self.suspects.died(inside)
-
-    def _note_lost(self, attempt: Attempt, now_s: float) -> None:
-        leg = attempt.leg
-        if isinstance(leg, Routed):
-            self._lost.setdefault(leg.region, {})[leg.target] = now_s
-
-    def _looks_lost(self, region: str, now_s: float) -> bool:
-        if self._region_lost(region):
-            return True
-        lost = [at_s for at_s in self._lost.get(region, {}).values() if now_s - at_s < TOGETHER_S]
-        return len(lost) > 1 and self._answered_s.get(region, -TOGETHER_S) < min(lost)
 
     def _mark(self, now_s: float) -> None:
         """Once a second, while there are requests: budgets, and what is old is forgotten."""
@@ -177,13 +159,6 @@ class BudgetRetries:
         if self._doubts:
             doubts = self._doubts.items()
             self._doubts = {t: a for t, a in doubts if now_s - (a.ended_s or 0.0) < DOUBT_S}
-        if self._lost:
-            for region, lost in list(self._lost.items()):
-                recent = {t: s for t, s in lost.items() if now_s - s < TOGETHER_S}
-                if recent:
-                    self._lost[region] = recent
-                else:
-                    del self._lost[region]
 
     # ---- Retries ----------------------------------------------------------------------------
 
@@ -194,6 +169,9 @@ class BudgetRetries:
         last = attempts[-1]
         now_s = self._clock()
         admission: Admission = grant.about
+        if last.code == _REPLICA_LOST:
+            admission.accused = True
+            self.suspects.accused_elsewhere(request)
         region = _region(attempts[0])
         refusals = sum(_never_run(attempt) for attempt in attempts)
         history = History(
@@ -206,23 +184,25 @@ class BudgetRetries:
         )
         cause = self._cause(last)
         verdict = retry.may_replay(
-            history, cause, crosses=True, region_lost=self._looks_lost(region, now_s)
+            history, cause, crosses=True, region_lost=self._region_lost(region)
         )
         admission.confined = None
         if not verdict.allowed:
-            # Not elsewhere; perhaps where it was.
+            # Not elsewhere; perhaps where it was. A suspect may leave nevertheless: the Router sees
+            # whether its region has anybody left (`quarantine.departure`).
             verdict = retry.may_replay(history, cause)
             admission.confined = region
         if not verdict.allowed or not verdict.budgeted:
             return verdict.allowed
         # What another gateway sent here is that gateway's to try again: two budgets would multiply.
-        return not admission.from_gateway and self._take(now_s)
+        by_gateway = admission.from_gateway or FROM in request.headers
+        return not by_gateway and self._take(now_s)
 
     def _cause(self, attempt: Attempt) -> Cause:
         failure = attempt.failure
         if _never_run(attempt):
             return "refused"
-        if failure == "abandoned":
+        if failure == "abandoned" or attempt.code == _REPLICA_LOST:
             return "died"
         died_s, ended_s = self._deaths.get(attempt.leg.target), attempt.ended_s
         if failure != "closed" or died_s is None or ended_s is None:

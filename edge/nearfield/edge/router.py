@@ -5,7 +5,7 @@
 
 A request that a gateway has sent here is served at home or not at all: it never goes on to a third
 region. A try that failed is followed by one elsewhere: another replica, then another endpoint, and
-once in its life another region.
+once in its life another region; last, another replica of a region that failed it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,16 @@ from nearfield.core.errors import (
 )
 from nearfield.edge.affinity import NOBODY, Affinity, Found, Keys
 from nearfield.edge.beliefs import Peer
-from nearfield.edge.decisions import Admission, Routed
+from nearfield.edge.decisions import (
+    AVOID,
+    FROM,
+    REPLICA_LOST,
+    SUSPECT,
+    TRIAL,
+    VERSION,
+    Admission,
+    Routed,
+)
 from nearfield.edge.home import WAY_S, HomeEndpoint, Replica
 from nearfield.edge.known import Known
 from nearfield.edge.proxy.ports import (
@@ -45,16 +54,13 @@ from nearfield.edge.proxy.ports import (
     Target,
 )
 from nearfield.edge.world import World
-from nearfield.policy.endpoints import Ask, Caller, Refusal
+from nearfield.policy.endpoints import Ask, Caller, EndpointState, Refusal
 from nearfield.policy.explain import explain, summary
-from nearfield.policy.rank import choose
+from nearfield.policy.health import is_fault
+from nearfield.policy.quarantine import Fate, departure
+from nearfield.policy.rank import Place, choose
+from nearfield.policy.retry import MOST_CROSSINGS, may_repeat
 from nearfield.policy.route import Pick, Plan, alternatives, pick
-
-FROM = b"x-nearfield-from"
-"""Names the gateway that sent a request here. Also where nobody signs passports it keeps requests
-from going round: whoever sends it is served at home, and gains nothing by it."""
-VERSION = b"x-nearfield-version"
-TRIAL = b"x-nearfield-trial"
 
 MOST_PLANS = 4096
 """Plans kept: models times classes of callers. Beyond it all are made anew."""
@@ -62,6 +68,9 @@ LEAST_COLD_S = 0.3
 """A start that took less was none: somebody else's request had begun it."""
 RETRY_S = 1.0
 """When to come back where nothing better is known."""
+SETTLED_S = 0.05
+"""A region whose processes die one after another still answers so long after the first."""
+_REPLICA_LOST = REPLICA_LOST.encode("ascii")
 
 ANYBODY = Admission(Principal("", None, "", frozenset({"inference"}), None, None), Caller())
 """Whoever was let in by a Gate that says nothing about it."""
@@ -134,7 +143,7 @@ class _Case:
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """A suspect that waits for a replica without another one."""
+    """A suspect that waits for a replica of its own, or to hear whether its region is lost."""
 
     case: _Case
     future: asyncio.Future[Way | Answer | NearfieldError]
@@ -357,16 +366,35 @@ class WorldRouter:
             return _not_here(case.request.model or "")
         return refusal.error(self._draw())
 
-    def _again(self, planned: _Planned, case: _Case) -> Way | NearfieldError:
+    def _again(
+        self, planned: _Planned, case: _Case
+    ) -> Way | NearfieldError | asyncio.Future[Way | Answer | NearfieldError]:
         """A try has failed, or another one is wanted beside it."""
         self._remember(planned, case)
+        if case.admission.accused and _confined(case) is not None and _over(case):
+            return self._stranded_or_not(planned, case) or self._wait(case)
+        return self._another(planned, case) or self._give_up(planned, case)
+
+    def _another(self, planned: _Planned, case: _Case) -> Way | None:
+        """Somebody who has not had it, or whose region has others."""
         tried = {attempt.leg.target for attempt in case.attempts}
         for found in self._elsewhere(planned.plan, case):
             way = self._way(planned, found, case, tried)
             if way is not None:
                 return way
-        if all(attempt.ended_s is not None for attempt in case.attempts):
-            way = self._last_resort(planned, case, tried)
+        return None
+
+    def _give_up(self, planned: _Planned, case: _Case) -> Way | NearfieldError:
+        if _over(case):
+            lost = self._is_lost(_first_region(case.attempts))
+            if case.admission.accused and case.home_only and not lost:
+                return Unavailable(
+                    "The replica that had this request is gone, and its region has no other for "
+                    "it at the moment. Send the request again later.",
+                    code=REPLICA_LOST,
+                    retry_after_s=RETRY_S,
+                )
+            way = self._last_resort(planned, case, {a.leg.target for a in case.attempts})
             if way is not None:
                 return way
         refusal = planned.plan.refusal
@@ -388,19 +416,26 @@ class WorldRouter:
             if isinstance(leg, Routed):
                 if leg.region != first and attempt.failure not in NEVER_SENT:
                     crossed.add(leg.region)
-                if leg.region != self._here:  # its gateway has tried whatever it has
+                if leg.region != self._here:
                     exhausted.add(leg.region)
         own, confined = self._own, _confined(case)
+        repeated: list[Pick] = []
         for candidate in alternatives(plan, own, tried=()):
             state = candidate.state
             region = state.endpoint.region
-            if region in exhausted or (crossed and region != first and region not in crossed):
+            if crossed and region != first and region not in crossed:
                 continue
             if confined is not None and region != confined:
                 continue
             if state.endpoint.model == plan.ask.model:
                 row = plan.by_number[state.number]
-                yield Pick(candidate, "spilled", row.wait_s(own[state.number]), 0.0, plan)
+                found = Pick(candidate, "spilled", row.wait_s(own[state.number]), 0.0, plan)
+                if region not in exhausted:
+                    yield found
+                elif _has_others(case, state):
+                    repeated.append(found)
+                continue
+            if region in exhausted:
                 continue
             for smaller in plan.degraded:
                 if state.number in smaller.by_number:
@@ -408,6 +443,7 @@ class WorldRouter:
                     wait_s = row.wait_s(own[state.number])
                     yield Pick(candidate, "fallback", wait_s, 0.0, smaller)
                     break
+        yield from repeated
 
     def _last_resort(self, planned: _Planned, case: _Case, tried: set[Target]) -> Way | None:
         """Where nothing else is left: the same one, if only a kept connection had died; or home's
@@ -441,23 +477,66 @@ class WorldRouter:
     def _try_alone(
         self, planned: _Planned, case: _Case, suspect: bytes
     ) -> Way | NearfieldError | asyncio.Future[Way | Answer | NearfieldError]:
-        found = self._alone_or_never(planned, case, suspect)
-        if found is not None:
-            return found
+        return self._alone_or_never(planned, case, suspect) or self._wait(case)
+
+    def _wait(self, case: _Case) -> asyncio.Future[Way | Answer | NearfieldError]:
+        """Until a trial has ended, or the world has changed."""
         future: asyncio.Future[Way | Answer | NearfieldError]
-        future = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
         self._waiting.append(_Waiting(case, future))
+        if self._fate(case) == "unheard":
+            loop.call_later(SETTLED_S, self.world.call_the_roll)
         return future
+
+    def _stranded_or_not(self, planned: _Planned, case: _Case) -> Way | NearfieldError | None:
+        """A suspect that is not tried: to another replica of its region, else perhaps beyond.
+
+        None: later, once it is known whether the region is lost.
+        """
+        if _first_region(case.attempts) == self._here:  # another one's gateway has looked already
+            way = self._another(planned, case)
+            if way is not None and not _starts(way):
+                return way
+        fate = self._fate(case)
+        if departure(fate, slight=True) == "wait":
+            return None
+        self._let_go(case)
+        way = self._another(planned, case)
+        if way is None:
+            return self._give_up(planned, case)
+        if fate != "lost" and not isinstance(way.known, HomeEndpoint):
+            way.headers = (*way.headers, (SUSPECT, b"1"))
+        return way
+
+    def _fate(self, case: _Case) -> Fate:
+        """Of the region that had it first, since its last try ended."""
+        region = _first_region(case.attempts)
+        if self._is_lost(region):
+            return "lost"
+        if region != self._here:
+            return "alive"  # its gateway has just answered for it
+        settled_s = (case.attempts[-1].ended_s or case.now_s) + SETTLED_S
+        return "alive" if self.world.home_lived(settled_s) else "unheard"
+
+    def _let_go(self, case: _Case) -> None:
+        """It may leave its region, if it has not done so before."""
+        if _crossings(case.attempts) < MOST_CROSSINGS:
+            case.admission.confined = None
 
     def _alone_or_never(
         self, planned: _Planned, case: _Case, suspect: bytes
     ) -> Way | NearfieldError | None:
         """None: later, perhaps."""
+        whither = departure(self._fate(case), slight=False)
+        if whither == "go":
+            case.admission.trial = None  # whatever killed its replica killed all the others too
+            self._let_go(case)
+            return self._another(planned, case) or self._give_up(planned, case)
+        if whither == "wait":  # else what kills one replica after another would be blamed on it
+            return None
         refusal = planned.plan.refusal
-        lost = self._is_lost(_first_region(case.attempts))
-        if lost:  # what ran there is gone: nothing of it runs twice
-            case.admission.confined = None
-        if refusal is not None and (lost or refusal.retry_after_s is None):
+        if refusal is not None and refusal.retry_after_s is None:
             return self._refused(refusal, case)
         return self._alone(planned, case, suspect)
 
@@ -492,7 +571,7 @@ class WorldRouter:
         return None
 
     def _is_lost(self, region: str | None) -> bool:
-        return region is not None and self.world.alive.of(region).health == "down"
+        return region is not None and self.world.is_lost(region)
 
     def _reserve(self, way: Way) -> None:
         assert way.suspect is not None
@@ -533,17 +612,19 @@ class WorldRouter:
             case = each.case
             suspect = _suspect(case)
             assert case.request.model is not None
-            assert suspect is not None
             planned = self._planned(case.request.model, case.admission, case.home_only)
             if not isinstance(planned, _Planned):
                 each.future.set_result(planned)
                 continue
-            found = self._alone_or_never(planned, case, suspect)
+            if suspect is None:
+                found = self._stranded_or_not(planned, case)
+            else:
+                found = self._alone_or_never(planned, case, suspect)
             if found is None:
                 self._waiting.append(each)
                 continue
             each.future.set_result(found)
-            if isinstance(found, Way):
+            if isinstance(found, Way) and found.suspect is not None:
                 self._reserve(found)
                 # After whoever waits has been called: it may have left meanwhile.
                 asyncio.get_running_loop().call_soon(self._unless_begun, found)
@@ -561,8 +642,9 @@ class WorldRouter:
         """A leg to that endpoint, by a target that has not been tried; None if there is none."""
         known = self.world.known(found.candidate.state.number)
         if not isinstance(known, HomeEndpoint):
-            way = self._to_region(planned, found, case, known)
-            return None if way.target in tried else way
+            if known.target in tried and not _has_others(case, known.state):
+                return None
+            return self._to_region(planned, found, case, known)
         places = known.places
         if not places:
             if known.ingress.target in tried:
@@ -571,6 +653,8 @@ class WorldRouter:
         if tried:
             by_number = known.by_number
             places = tuple(p for p in places if by_number[p.number].target not in tried)
+        if case.home_only and AVOID in case.request.headers:
+            places = _avoiding(places, known, case.request.headers[AVOID])
         admission = case.admission
         choice = choose(
             places,
@@ -607,6 +691,9 @@ class WorldRouter:
         way.headers = self._from
         if admission.version is not None:
             way.headers = (*self._from, (VERSION, admission.version.encode("utf-8", "replace")))
+        failed = [a.replica for a in case.attempts if a.replica and _is_at(a, region.name)]
+        if failed:
+            way.headers = (*way.headers, (AVOID, b",".join(failed)))
         way.expected_s = state.rtt_s + found.wait_s
         way.expected_s += state.first_byte_s if request.stream else state.hold_s
         if way.path is None and request.path != request.target:
@@ -702,6 +789,52 @@ def _first_region(attempts: Sequence[Attempt]) -> str | None:
         if isinstance(attempt.leg, Routed):
             return attempt.leg.region
     return None
+
+
+def _is_at(attempt: Attempt, region: str) -> bool:
+    return isinstance(attempt.leg, Routed) and attempt.leg.region == region
+
+
+def _crossings(attempts: Sequence[Attempt]) -> int:
+    """Runs in another region than the first."""
+    first = _first_region(attempts)
+    return sum(
+        attempt.failure not in NEVER_SENT and attempt.leg.region != first
+        for attempt in attempts
+        if isinstance(attempt.leg, Routed)
+    )
+
+
+def _starts(way: Way) -> bool:
+    """Whether it leads to an ingress, which starts what has stopped."""
+    return isinstance(way.known, HomeEndpoint) and way.peer is way.known.ingress
+
+
+def _over(case: _Case) -> bool:
+    """Nothing runs for it any more, but for an answer that may be thrown away."""
+    return all(each.ended_s is not None or each.failure is not None for each in case.attempts)
+
+
+def _has_others(case: _Case, state: EndpointState) -> bool:
+    """Whether a region that failed a request has a replica for it that has not had it.
+
+    One whose only replica died starts it again: whoever has nowhere else to go waits for that one.
+    """
+    runs = [each for each in case.attempts if _is_at(each, state.endpoint.region)]
+    if len(runs) == 1 and runs[0].code == _REPLICA_LOST:
+        return True
+    fault = all(
+        each.failure == "status" and is_fault(each.status, retry_after=each.retry_after)
+        for each in runs
+    )
+    return may_repeat(fault=fault, runs=len(runs), replicas=state.replicas)
+
+
+def _avoiding(places: tuple[Place, ...], known: HomeEndpoint, names: bytes) -> tuple[Place, ...]:
+    """Those that another gateway has not seen failing; all, if there is no other."""
+    avoided = names.split(b",")
+    others = [p for p in places if known.by_number[p.number].shown[-1][1] not in avoided]
+    return tuple(others) or places
 
 
 def _confined(case: _Case) -> str | None:

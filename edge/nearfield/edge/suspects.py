@@ -75,6 +75,11 @@ class Suspects:
         if request.body:
             self._keep(self._book.convicted(_name(request), self._clock()))
 
+    def accused_elsewhere(self, request: Request) -> None:
+        """A replica of another gateway died with it inside."""
+        if request.body:
+            self._keep(self._book.accused(_name(request), self._clock()))
+
     def died(self, inside: Iterable[Attempt]) -> None:
         """A replica is gone that had these tries. Some are on trial from now on: see `suspicion`.
 

@@ -42,7 +42,7 @@ from nearfield.edge.site import Site, target_of
 from nearfield.edge.status import RegionStatus
 from nearfield.policy.endpoints import Ask, Caller, EndpointState, Health, Refusal
 from nearfield.policy.explain import Explanation, explain
-from nearfield.policy.health import Probed, Rules, Tick, Transition, is_fault
+from nearfield.policy.health import Probed, Rules, Tick, Transition, is_fault, patience_s
 from nearfield.policy.route import Pick, Plan, pick, plan
 
 log = logging.getLogger("nearfield.edge.world")
@@ -65,6 +65,9 @@ LEAST_RTT_S = 1e-6
 FAR_S = 0.1
 """Round trip to a region whose last good state does not say: probes correct it in a second."""
 
+_GONE = frozenset({"refused", "closed"})
+"""Why a question was not answered, where whoever was asked may be gone: it is asked again at once,
+so that a region that dies is known to within a tenth of a second."""
 _BROKEN = NEVER_SENT | {"closed", "protocol", "truncated"}
 _BADNESS: dict[Health, int] = {"up": 0, "ejected": 1, "unknown": 2, "down": 3}
 
@@ -81,8 +84,8 @@ class World:
         alive: what is believed of the regions. changes: the last changes of health.
         draining: this gateway finishes what it has: it says so to others.
         abandon: gives up what runs at a target that is believed dead (`Proxy.abandon`).
-        refreshed: told of a new generation.
-        doubt: told of a peer whose connection failed: whoever follows looks at once.
+        refreshed: told of a new generation, and that home has been heard.
+        doubt: told of a peer that may be gone: whoever follows looks at once.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class World:
         self._draw = draw
         self._dirty = self._urgent = True
         self._lost: list[Target] = []
-        self._ticked_s = -math.inf
+        self._ticked_s = self._home_lived_s = -math.inf
         self._models: dict[str, tuple[Known, ...]] = {}
         self._by_number: dict[int, Known] = {}
         self._sound: dict[str, Beliefs] = {}
@@ -185,6 +188,14 @@ class World:
     @property
     def _home_told(self) -> bool:
         return self.home is not None and self.home.targets is not None
+
+    def is_lost(self, region: str) -> bool:
+        """Whether it is believed dead: its gateway; of home its agent and every replica."""
+        return self.alive.of(region).health == "down"
+
+    def home_lived(self, since_s: float) -> bool:
+        """Whether anything at home has answered a question that was asked since then."""
+        return self._home_lived_s >= since_s
 
     @property
     def can_start(self) -> bool:
@@ -262,6 +273,8 @@ class World:
             self._beliefs_of(peer).failed(peer, str(failure), now_s)
             self._settle_failure()
             self.doubt(peer)
+            if isinstance(peer, Replica):
+                self.call_the_roll()
             return
         first_s = attempt.first_byte_s
         if failure is None or failure == "status":
@@ -290,6 +303,13 @@ class World:
         if self._urgent:  # nobody is sent to who has just been ejected
             self.refresh(self.clock())
 
+    def call_the_roll(self) -> None:
+        """A replica may be dead: ask everybody at home. Did a request kill it, or is all lost?"""
+        assert self.home is not None
+        self.doubt(self._regions[self.home.region])
+        for replica in self.replicas():
+            self.doubt(replica)
+
     def _beliefs_of(self, peer: Peer) -> Beliefs:
         return peer.endpoint.beliefs if isinstance(peer, Replica) else self.alive
 
@@ -313,6 +333,7 @@ class World:
             self._name_replicas(known, now_s)
         self.alive.feed(Probed(self.home.region, True, sent_s), now_s)
         self._changed()
+        self._home_lives(sent_s)
 
     def agent_silent(self, reason: str, sent_s: float) -> None:
         """It has not. Its region lives as long as a replica answers."""
@@ -334,6 +355,8 @@ class World:
             now_s,
         )
         self._changed()
+        if not lives:
+            self._doubt_again(self.alive, self._regions[self.home.region])
 
     def replica_answered(
         self, replica: Replica, load: ReplicaLoad, own_at: int, work_at: float, sent_s: float
@@ -355,10 +378,18 @@ class World:
         if self.alive.of(home).health == "unknown":  # its agent is silent, but it lives
             self.alive.feed(Probed(home, True, sent_s), self.clock())
         self._probed(replica.endpoint.beliefs, Probed(replica.name, True, sent_s))
+        self._home_lives(sent_s)
+
+    def _home_lives(self, sent_s: float) -> None:
+        self._home_lived_s = max(self._home_lived_s, sent_s)
+        self.refreshed()
 
     def replica_silent(self, replica: Replica, reason: str, sent_s: float) -> None:
         """It has not."""
-        self._probed(replica.endpoint.beliefs, _failed_probe(replica, reason, sent_s))
+        beliefs = replica.endpoint.beliefs
+        self._probed(beliefs, _failed_probe(replica, reason, sent_s))
+        if reason in _GONE and not self._doubt_again(beliefs, replica) and self.home is not None:
+            self._doubt_again(self.alive, self._regions[self.home.region])  # the last one, perhaps
 
     def region_answered(
         self, region: Region, report: RegionReport, took_s: float, own_at: dict[int, int],
@@ -387,10 +418,26 @@ class World:
             if sound is not None:
                 sound.feed(Probed(known.answers.name, True, sent_s), now_s)
         self._probed(self.alive, Probed(region.name, True, sent_s))
+        if region.rtt.urgent:
+            self.doubt(region)
+
+    def patience_s(self, region: Region, rules: Rules) -> float:
+        """How long a question to this region is waited for, if it is asked now."""
+        overdue = region.overdue(self.clock() - OVERDUE_S)
+        return patience_s(rules, way_s=region.rtt.level_s, overdue=overdue)
 
     def region_silent(self, region: Region, reason: str, sent_s: float) -> None:
         """It has not."""
         self._probed(self.alive, _failed_probe(region, reason, sent_s))
+        if reason in _GONE:
+            self._doubt_again(self.alive, region)
+
+    def _doubt_again(self, beliefs: Beliefs, peer: Peer) -> bool:
+        """Ask at once, while it is not settled whether it is gone."""
+        unsettled = beliefs.of(peer.name).health in ("up", "ejected")
+        if unsettled:
+            self.doubt(peer)
+        return unsettled
 
     def deep_probed(self, asked: Replica | Known, passed: bool, sent_s: float, reason: str) -> None:
         """A tiny inference has been answered, or has not: by a replica, or somewhere else."""

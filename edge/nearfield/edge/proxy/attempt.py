@@ -75,6 +75,8 @@ class Try(Attempt):
             for name, value in fields:
                 if name == ERROR_CODE:
                     self.code = value
+                elif name == b"x-nearfield-replica":
+                    self.replica = value
                 elif name == b"retry-after":
                     self.retry_after = status == 503
         if self._exchange is not None:

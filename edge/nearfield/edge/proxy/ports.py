@@ -140,7 +140,8 @@ class Attempt:
         reused: over a connection that was kept.
         heard_s: when the last bytes of the answer came.
         retry_after: an answer that is unavailable (503) says when to come back.
-        code: of an answer from 429 on: what its `x-nearfield-error-code` says.
+        code, replica: of an answer from 429 on: what its `x-nearfield-error-code` and its
+            `x-nearfield-replica` say.
     """
 
     leg: Leg
@@ -150,6 +151,7 @@ class Attempt:
     heard_s: float | None = None
     retry_after: bool = False
     code: bytes = b""
+    replica: bytes = b""
     ended_s: float | None = None
     status: int = 0
     failure: FailureKind | None = None

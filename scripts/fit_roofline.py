@@ -7,8 +7,8 @@
 For each family of chips, the seven numbers of `nearfield.policy.roofline.Efficiency` that lessen
 the mean error, in logarithms, over those published figures of the catalogue that say `use: fit`.
 A weak pull towards common values decides what the figures leave open. Figures that say
-`use: check` are not looked at until it has ended. The search is coordinate descent over steps
-that shrink: no randomness.
+`use: check` are not looked at until it has ended. The search is coordinate descent from the common
+values, over steps that shrink: no randomness, and what the figures leave open stays there.
 """
 
 from __future__ import annotations

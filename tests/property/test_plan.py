@@ -61,6 +61,7 @@ workloads = st.builds(
 wishes = st.builds(
     Wishes,
     precisions=st.sampled_from([("bf16",), ("fp8",), ("bf16", "fp8", "int4")]),
+    margin=st.floats(0, 1),
     headroom=st.floats(0, 1),
     spot=st.booleans(),
     on_demand_share=st.floats(0, 1),
@@ -120,8 +121,8 @@ def check(choice: Choice, work: Workload, how: Wishes) -> None:
     used += load.running * setup.cache_bytes(work.tokens_in + work.tokens_out)
     assert used <= chip.memory_bytes
     assert setup.sequences(work.context) >= 1
-    assert load.ttft_s <= work.ttft_slo_s
-    assert load.tpot_s <= work.tpot_slo_s
+    assert load.ttft_s * (1 + how.margin) <= work.ttft_slo_s * (1 + 1e-9)
+    assert load.tpot_s * (1 + how.margin) <= work.tpot_slo_s * (1 + 1e-9)
     assert load.running <= how.most
     assert sum(part.replicas for part in choice.parts) >= choice.needed
     assert choice.needed * load.rps >= work.rps * (1 + how.headroom) * (1 - 1e-6)

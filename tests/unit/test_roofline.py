@@ -145,24 +145,39 @@ class TestAgainstPublished:
             and family in (None, CATALOG.accelerators[off.figure.accelerator].family)
         ]
 
-    def test_the_error_is_what_the_documents_say(self) -> None:
-        """docs/plan.md and ADR 0014 quote these; a change of the model must change them too."""
-        held = summary(self.of("check"))
-        assert held.count >= 100
-        assert held.median < 0.10
-        assert held.worst == pytest.approx(3.63, abs=0.02)
-        assert held.worst_of is not None
-        assert held.worst_of.figure.source == "neuron-2.16"
-        assert summary(self.of("fit")).median < 0.08
-
     @pytest.mark.parametrize(
-        ("family", "median", "worst"),
-        [("nvidia", 0.08, 1.05), ("amd", 0.25, 0.40), ("gaudi", 0.12, 0.34), ("tpu", 0.15, 0.35)],
+        ("row", "families"),
+        [
+            ("NVIDIA", ["nvidia"]),
+            ("AMD MI300X", ["amd"]),
+            ("Gaudi 3", ["gaudi"]),
+            ("TPU", ["tpu"]),
+            ("Trainium, Inferentia", ["neuron"]),
+            ("Apple", ["apple"]),
+            ("CPU, IPU, wafer", ["cpu", "ipu", "wafer"]),
+            ("all", [None]),
+        ],
     )
-    def test_by_family(self, family: str, median: float, worst: float) -> None:
-        told = summary(self.of("check", family))
-        assert told.median <= median
-        assert told.worst <= worst
+    def test_the_error_is_what_the_documents_say(
+        self, row: str, families: list[str | None]
+    ) -> None:
+        """The table of docs/plan.md: a change of the model must change it too."""
+        text = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+        line = next(line for line in text.splitlines() if line.startswith(f"| {row} |"))
+        said = [cell.strip(" %") for cell in line.strip("|").split("|")][1:]
+        told = []
+        for use in ("fit", "check"):
+            found = summary(off for family in families for off in self.of(use, family))
+            empty = [str(found.count), "", ""]
+            shown = [str(found.count), f"{found.median:.0%}"[:-1], f"{found.worst:.0%}"[:-1]]
+            told += shown if found.count else empty
+        assert told == said
+
+    def test_most_that_it_has_not_seen_is_near(self) -> None:
+        """What the margin of a plan rests on."""
+        errors = sorted(off.error for off in self.of("check"))
+        assert errors[int(len(errors) * 0.75)] <= 0.205
+        assert errors[int(len(errors) * 0.90)] <= 0.335
 
     def test_errors_count_alike_both_ways(self) -> None:
         figure = CATALOG.figures[0]

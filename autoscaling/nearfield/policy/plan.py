@@ -84,6 +84,7 @@ class Wishes:
 
     Attributes:
         precisions: of the weights, that are acceptable.
+        margin: times are planned to be so much shorter than the SLO, for the roofline's error.
         headroom: share of capacity kept free above the planned rate.
         spot: whether replicas may run on spot machines at all; on_demand_share: of the replicas,
             that always run on demand; spot_extra: spot replicas more than needed, to lose some.
@@ -91,6 +92,7 @@ class Wishes:
     """
 
     precisions: tuple[str, ...] = ("bf16",)
+    margin: float = 0.2
     headroom: float = 0.2
     spot: bool = True
     on_demand_share: float = 0.2
@@ -241,14 +243,14 @@ def replicas_of(
                     setup,
                     workload.tokens_in,
                     workload.tokens_out,
-                    ttft_slo_s=workload.ttft_slo_s,
-                    tpot_slo_s=workload.tpot_slo_s,
+                    ttft_slo_s=workload.ttft_slo_s / (1.0 + wishes.margin),
+                    tpot_slo_s=workload.tpot_slo_s / (1.0 + wishes.margin),
                     most=wishes.most,
                 )
                 if load is not None:
                     found.append(Replica(kind, setup, load))
                     continue
-                reason = _too_slow(setup, workload)
+                reason = _too_slow(setup, workload, wishes)
             reasons.append(reason)
     return found, max(reasons, default=(0, "no group of its chips divides the model's heads"))[1]
 
@@ -274,18 +276,19 @@ def _unfit(setup: Setup, workload: Workload) -> tuple[int, str] | None:
     return None
 
 
-def _too_slow(setup: Setup, workload: Workload) -> tuple[int, str]:
+def _too_slow(setup: Setup, workload: Workload, wishes: Wishes) -> tuple[int, str]:
     """Which promise it breaks with a single request."""
     alone = load_of(setup, 1, workload.tokens_in, workload.tokens_out)
     times = "" if setup.chips == 1 else f" on {setup.chips}"
-    if alone.ttft_s > workload.ttft_slo_s:
+    less = f" with a margin of {wishes.margin:.0%}" if wishes.margin else ""
+    if alone.ttft_s > workload.ttft_slo_s / (1.0 + wishes.margin):
         return 60 + setup.chips, (
             f"the first token takes {alone.ttft_s * 1000:,.0f} ms{times}, with one request alone; "
-            f"{workload.ttft_slo_s * 1000:,.0f} are allowed"
+            f"{workload.ttft_slo_s * 1000:,.0f} are allowed{less}"
         )
     return 60 + setup.chips, (
         f"a token takes {alone.tpot_s * 1000:,.1f} ms{times}, with one request alone; "
-        f"{workload.tpot_slo_s * 1000:,.1f} are allowed"
+        f"{workload.tpot_slo_s * 1000:,.1f} are allowed{less}"
     )
 
 

@@ -100,6 +100,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "on_premises": _own_json(report),
         "assumed": {
             "precisions": list(report.wishes.precisions),
+            "margin": report.wishes.margin,
             "headroom": report.wishes.headroom,
             "spot": report.wishes.spot,
             "on_demand_share": report.wishes.on_demand_share,
@@ -383,15 +384,16 @@ def _rests_on(report: Report) -> None:
         fields = ", ".join(each.unconfirmed) or "all figures"
         click.echo(f"             {name}: not re-checked: {fields}")
     wishes = report.wishes
-    spot = (
-        f"{wishes.on_demand_share:.0%} of the replicas on demand, {wishes.spot_extra:.0%} more on "
-        "spot than needed"
-        if wishes.spot
-        else "no spot"
-    )
+    spot = "no spot"
+    if wishes.spot:
+        spot = (
+            f"{wishes.on_demand_share:.0%} of the replicas on demand, {wishes.spot_extra:.0%} more "
+            "on spot than needed"
+        )
     click.echo(
-        f"  assumed    {wishes.headroom:.0%} headroom above the rate; {spot}; a cache in 16 bits; "
-        f"{HOURS_A_MONTH:g} hours a month; arrivals at random, shared evenly"
+        f"  assumed    {wishes.margin:.0%} margin below the SLO, for the model's error; "
+        f"{wishes.headroom:.0%} headroom above the rate; {spot}; a cache in 16 bits; "
+        f"{HOURS_A_MONTH:g} hours a month; arrivals at random, shared evenly; no way to the client"
     )
 
 

@@ -93,6 +93,13 @@ _share = click.FloatRange(min=0, max=1)
     help="Spot replicas more than needed, so that some may be lost.",
 )
 @click.option(
+    "--margin",
+    type=click.FloatRange(min=0),
+    default=0.2,
+    show_default=True,
+    help="Times are planned to be so much shorter than the SLO, for the model's error.",
+)
+@click.option(
     "--headroom",
     type=click.FloatRange(min=0),
     default=0.2,
@@ -153,7 +160,7 @@ def plan(
     model: str, rps: float, slo_ttft_ms: float | None, slo_tpot_ms: float | None,
     input_tokens: int, output_tokens: int, context: int | None, regions: str | None,
     within_km: float, providers: str | None, precision: str | None, spot: bool,
-    on_demand_share: float, spot_extra: float, headroom: float, max_running: int,
+    on_demand_share: float, spot_extra: float, margin: float, headroom: float, max_running: int,
     max_usd: float | None, on_prem: str | None, capex_usd: float | None,
     machine_accelerators: int, power_w: float | None, years: float, usd_per_kwh: float,
     pue: float, upkeep: float, catalogs: tuple[Path, ...], target: Path | None,
@@ -194,6 +201,7 @@ def plan(
         )
     wishes = Wishes(
         precisions=_precisions(precision, size),
+        margin=margin,
         headroom=headroom,
         spot=spot,
         on_demand_share=on_demand_share,

@@ -6,6 +6,9 @@
 # VENV=path uses another virtual environment, PYTHON=path another interpreter, PYTEST_ARGS='-k router -x' picks tests.
 VENV ?= .venv
 export VENV
+# A region is a dozen Python processes, and the tests start hundreds: where none may keep what it compiles, compiling
+# is half of what each does to start.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Contract tests meet real parts (engines, databases, sockets), side by side; the slow ones a Ray cluster, one by one.
 # A folder of tests that is not named here is fast: it cannot be forgotten.

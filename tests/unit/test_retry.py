@@ -107,7 +107,7 @@ def test_hedges_are_a_twentieth_and_none_of_a_trickle() -> None:
 
 @pytest.mark.parametrize(
     ("fault", "runs", "replicas", "may"),
-    [(True, 1, 2, True), (True, 1, 1, False), (True, 2, 2, False), (False, 1, 2, False)],
+    [(True, 1, 1, True), (True, 2, 2, False), (True, 2, 3, True), (False, 1, 2, False)],
 )
 def test_a_region_that_failed_is_asked_for_a_replica_that_has_not(
     fault: bool, runs: int, replicas: int, may: bool

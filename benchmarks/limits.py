@@ -77,13 +77,14 @@ def embed(quick: bool) -> dict[str, float]:
 def generate(quick: bool, data: Path) -> dict[str, float]:
     """Tokens/s of a lean batched decode and of transformers' `generate`, prompts included."""
     import torch
-    from nearfield.serving.engines.decoder import FusedDecoder, Span
+    from nearfield.serving.engines.decoder import Span
+    from nearfield.serving.engines.module_decoder import fused
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(data / "lm")
     model = AutoModelForCausalLM.from_pretrained(data / "lm", dtype=torch.float32).eval()
-    decoder = FusedDecoder(model, max(STREAMS) * ANSWER_COLUMNS, ANSWER_COLUMNS)
+    decoder = fused(model, max(STREAMS) * ANSWER_COLUMNS, ANSWER_COLUMNS)
     decoder.slab.reshape(ANSWER_COLUMNS, 0, 0)
     chats = [[{"role": "user", "content": prompt}] for prompt in workload.prompts()]
     texts = [

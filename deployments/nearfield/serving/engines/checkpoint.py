@@ -11,14 +11,8 @@ import torch
 from nearfield.core.errors import BadRequest
 from nearfield.core.spec import GenerateEngine as GenerateSpec
 from nearfield.core.spec import ModelSpec
-from nearfield.serving.engines.decoder import (
-    FUSED_ARCHITECTURES,
-    Decoder,
-    FusedDecoder,
-    Int8Linear,
-    KVShape,
-    ModuleDecoder,
-)
+from nearfield.serving.engines import llama_files
+from nearfield.serving.engines.decoder import FUSED_ARCHITECTURES, Decoder, FusedDecoder, KVShape
 from safetensors import SafetensorError
 
 log = logging.getLogger("nearfield.engine")
@@ -50,6 +44,35 @@ def load_decoder(
         BadRequest: the directory holds no causal LM we can serve, or the spec asks for what the
             model or the machine does not have. The message is for the developer.
     """
+    files = llama_files.read(directory)
+    if files is None:
+        return _through_transformers(spec, engine, directory)
+    device = _device(spec)
+    dtype = _dtype(spec, files.dtype, device)
+    _check_length(engine, files.context)
+    try:
+        weights = files.weights(dtype, device)
+    except (OSError, SafetensorError) as error:
+        raise _unloadable(files.architecture, error) from error
+    bounds = _bounds(engine, files.context, files.shape.kv.bytes_per_token(dtype), device)
+    with torch.inference_mode():
+        decoder = FusedDecoder(
+            files.shape,
+            weights,
+            files.rotary(),
+            bounds.kv_tokens,
+            bounds.max_model_len,
+            int8=engine.quantization == "int8",
+        )
+    parameters = sum(weight.numel() for weight in weights.values())
+    return decoder, Checkpoint(files.architecture, _name(dtype), parameters, *bounds.told)
+
+
+def _through_transformers(
+    spec: ModelSpec, engine: GenerateSpec, directory: Path
+) -> tuple[Decoder, Checkpoint]:
+    """Whatever transformers can load, over its own module where we have no loop for it."""
+    from nearfield.serving.engines.module_decoder import ModuleDecoder, fused, quantize
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -58,14 +81,10 @@ def load_decoder(
         raise BadRequest(f"source: config.json cannot be read: {_first_line(error)}") from error
     architecture = (getattr(config, "architectures", None) or ["?"])[0]
     device = _device(spec)
-    dtype = _dtype(spec, config, device)
+    own = getattr(config, "dtype", None)
+    dtype = _dtype(spec, own if isinstance(own, torch.dtype) else None, device)
     context = int(getattr(config, "max_position_embeddings", 0) or 2048)
-    max_model_len = engine.max_model_len or context
-    if max_model_len > context:
-        raise BadRequest(
-            f"engine.max_model_len is {max_model_len}, but the model's context is {context} "
-            "tokens. Lower it, or leave it out."
-        )
+    _check_length(engine, context)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -75,12 +94,51 @@ def load_decoder(
             attn_implementation="sdpa",
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise BadRequest(
-            f"source: {architecture} cannot be loaded: {_first_line(error)}"
-        ) from error
+        raise _unloadable(architecture, error) from error
     model = model.eval().to(device)
     shape = _kv_shape(config)
-    kv_tokens = _kv_tokens(engine, max_model_len, shape.bytes_per_token(dtype), device)
+    bounds = _bounds(engine, context, shape.bytes_per_token(dtype), device)
+    int8 = engine.quantization == "int8"
+    parameters = sum(p.numel() for p in model.parameters())
+    decoder: Decoder
+    with torch.inference_mode():
+        if architecture in FUSED_ARCHITECTURES and not (
+            getattr(config, "sliding_window", None) or getattr(config, "mlp_bias", False)
+        ):
+            decoder = fused(model, bounds.kv_tokens, bounds.max_model_len, int8=int8)
+        else:
+            if int8:
+                quantize(model)
+            decoder = ModuleDecoder(model, shape, bounds.kv_tokens)
+    return decoder, Checkpoint(architecture, _name(dtype), parameters, *bounds.told)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """Tokens of all sequences together and of one; bytes of the KV cache."""
+
+    kv_tokens: int
+    max_model_len: int
+    kv_bytes: int
+
+    @property
+    def told(self) -> tuple[int, int]:
+        return self.max_model_len, self.kv_bytes
+
+
+def _check_length(engine: GenerateSpec, context: int) -> None:
+    if engine.max_model_len is not None and engine.max_model_len > context:
+        raise BadRequest(
+            f"engine.max_model_len is {engine.max_model_len}, but the model's context is {context} "
+            "tokens. Lower it, or leave it out."
+        )
+
+
+def _bounds(
+    engine: GenerateSpec, context: int, bytes_per_token: int, device: torch.device
+) -> _Bounds:
+    max_model_len = engine.max_model_len or context
+    kv_tokens = _kv_tokens(engine, max_model_len, bytes_per_token, device)
     if kv_tokens < max_model_len:
         if engine.max_model_len is not None:
             raise BadRequest(
@@ -88,24 +146,15 @@ def load_decoder(
                 f"max_model_len {max_model_len}. Raise it, or lower max_model_len."
             )
         max_model_len = kv_tokens
-    int8 = engine.quantization == "int8"
-    parameters = sum(p.numel() for p in model.parameters())
-    decoder: Decoder
-    with torch.inference_mode():
-        if architecture in FUSED_ARCHITECTURES and not getattr(config, "sliding_window", None):
-            decoder = FusedDecoder(model, kv_tokens, max_model_len, int8=int8)
-        else:
-            if int8:
-                _quantize(model)
-            decoder = ModuleDecoder(model, shape, kv_tokens)
-    del model
-    return decoder, Checkpoint(
-        architecture,
-        str(dtype).removeprefix("torch."),
-        parameters,
-        max_model_len,
-        kv_tokens * shape.bytes_per_token(dtype),
-    )
+    return _Bounds(kv_tokens, max_model_len, kv_tokens * bytes_per_token)
+
+
+def _unloadable(architecture: str, error: Exception) -> BadRequest:
+    return BadRequest(f"source: {architecture} cannot be loaded: {_first_line(error)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _first_line(error: BaseException) -> str:
@@ -122,13 +171,12 @@ def _device(spec: ModelSpec) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def _dtype(spec: ModelSpec, config: Any, device: torch.device) -> torch.dtype:
+def _dtype(spec: ModelSpec, own: torch.dtype | None, device: torch.device) -> torch.dtype:
     if spec.dtype != "auto":
         return DTYPES[spec.dtype]
     if device.type == "cpu":
         return torch.float32
-    own = getattr(config, "dtype", None)
-    return own if isinstance(own, torch.dtype) else torch.bfloat16
+    return torch.bfloat16 if own is None else own
 
 
 def _kv_shape(config: Any) -> KVShape:
@@ -159,11 +207,3 @@ def _kv_tokens(
         free_bytes = int(memory["MemAvailable"].split()[0]) * 1024
     affordable = free_bytes // 2 // bytes_per_token
     return max(64, min(engine.max_batch * max_model_len, affordable))
-
-
-def _quantize(model: torch.nn.Module) -> None:
-    """Swap every linear layer but the output head for an int8 one, in place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head"):
-            parent = model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], Int8Linear(module.weight, module.bias))

@@ -8,19 +8,19 @@ meet; in exchange a step over 16 rows costs what the arithmetic costs. (Paged KV
 the vllm engine is for.)
 
 Two decoders: `FusedDecoder` for the Llama family (Llama, Mistral, Qwen2, Qwen3), a lean loop
-over fused weights; `ModuleDecoder` for every other causal LM, over transformers' own module
-with a cache that writes into the same slab.
+over fused weights; `module_decoder.ModuleDecoder` for every other causal LM, over transformers'
+own module with a cache that writes into the same slab.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +184,33 @@ def _linear(weight: Tensor, bias: Tensor | None, int8: bool) -> torch.nn.Module:
 FUSED_ARCHITECTURES = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 )
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class FusedShape:
+    """What a model of the family is made of. `eps`: of its root mean square norms."""
+
+    vocab_size: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+
+    @property
+    def kv(self) -> KVShape:
+        return KVShape(self.layers, self.kv_heads, self.head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """A rotary embedding: rotations per token, [head_dim / 2], and a scale of their pairs."""
+
+    inv_freq: Tensor
+    scaling: float = 1.0
 
 
 class FusedDecoder:
@@ -197,39 +224,40 @@ class FusedDecoder:
     """
 
     def __init__(
-        self, model: Any, kv_tokens: int, max_model_len: int, *, int8: bool = False
+        self,
+        shape: FusedShape,
+        weights: Mapping[str, Tensor],
+        rotary: Rotary,
+        kv_tokens: int,
+        max_model_len: int,
+        *,
+        int8: bool = False,
     ) -> None:
-        config = model.config
-        weights = model.state_dict()
-        self.vocab_size = config.vocab_size
-        embedding = weights["model.embed_tokens.weight"]
+        """
+        Args:
+            weights: by the names that they have in a checkpoint. Without `lm_head.weight` the
+                output head is the embedding.
+        """
+        self.vocab_size = shape.vocab_size
+        embedding = weights[EMBEDDING]
         self.device, self.dtype = embedding.device, embedding.dtype
-        self.heads = config.num_attention_heads
-        self.kv_heads = config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self.eps = config.rms_norm_eps
-        self.hidden = config.hidden_size
+        self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
+        self.eps = shape.eps
+        self.hidden = shape.hidden
         self.embedding = embedding
-        self.slab = KVSlab(
-            KVShape(config.num_hidden_layers, self.kv_heads, self.head_dim),
-            kv_tokens,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        self.slab = KVSlab(shape.kv, kv_tokens, dtype=self.dtype, device=self.device)
         self.layers = [
-            self._layer(weights, f"model.layers.{i}.", int8)
-            for i in range(config.num_hidden_layers)
+            self._layer(weights, f"model.layers.{i}.", int8) for i in range(shape.layers)
         ]
-        self.norm = weights["model.norm.weight"]
-        self.head = PackedLinear(weights.get("lm_head.weight", embedding))
-        rotary = model.model.rotary_emb
+        self.norm = weights[NORM]
+        self.head = PackedLinear(weights.get(HEAD, embedding))
         inv_freq = rotary.inv_freq.to(self.device, torch.float32)
         positions = torch.arange(max_model_len, device=self.device)
         angles = positions[:, None].float() * inv_freq
-        scale = torch.full_like(angles, float(rotary.attention_scaling))
+        scale = torch.full_like(angles, rotary.scaling)
         self.rotation = torch.polar(scale, angles)[:, None, :]  # [positions, 1, head_dim / 2]
 
-    def _layer(self, weights: dict[str, Tensor], prefix: str, int8: bool) -> dict[str, Any]:
+    def _layer(self, weights: Mapping[str, Tensor], prefix: str, int8: bool) -> dict[str, Any]:
         def get(name: str) -> Tensor | None:
             return weights.get(prefix + name)
 
@@ -312,79 +340,3 @@ class FusedDecoder:
         x = x[:, 0] if last is None else x[torch.arange(rows, device=self.device), last]
         logits: Tensor = self.head(F.rms_norm(x, (self.hidden,), self.norm, self.eps))
         return logits
-
-
-class _SlabLayer(CacheLayerMixin):
-    """One layer of transformers' cache protocol, writing into the slab's rectangle."""
-
-    def __init__(self, owner: ModuleDecoder, index: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.is_initialized = True
-        self._owner, self._index = owner, index
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """The slab is allocated already."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        span, cache = self._owner.span, self._owner.slab.layers[self._index]
-        rows, _, width, _ = key_states.shape
-        stop = span.first + rows
-        if isinstance(span.start, Tensor):
-            row_ids = torch.arange(span.first, stop, device=key_states.device)
-            cache[0, row_ids, :, span.start] = key_states[:, :, 0]
-            cache[1, row_ids, :, span.start] = value_states[:, :, 0]
-        else:
-            columns = slice(span.start, span.start + width)
-            cache[0, span.first : stop, :, columns] = key_states
-            cache[1, span.first : stop, :, columns] = value_states
-        keys, values = cache[:, span.first : stop, :, : span.columns]
-        return keys, values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._owner.span.columns, 0
-
-    def get_seq_length(self) -> int:
-        return self._owner.span.columns - 1
-
-    def get_max_length(self) -> int:
-        return self._owner.slab.columns
-
-
-class ModuleDecoder:
-    """Any causal LM of transformers whose layers all attend in full, over its own module."""
-
-    def __init__(self, model: Any, shape: KVShape, kv_tokens: int) -> None:
-        self.model = model
-        self.vocab_size = model.config.vocab_size
-        self.device = next(model.parameters()).device
-        dtype = next(model.parameters()).dtype
-        self.slab = KVSlab(shape, kv_tokens, dtype=dtype, device=self.device)
-        self.span = Span(0, 0, 0)
-        layers: list[Any] = [_SlabLayer(self, i) for i in range(shape.layers)]
-        self._cache = Cache(layers=layers)
-
-    def forward(self, tokens: Tensor, span: Span, last: Tensor | None) -> Tensor:
-        rows, width = tokens.shape
-        self.span = span
-        if isinstance(span.start, Tensor):
-            positions = span.start[:, None]
-        else:
-            positions = torch.arange(span.start, span.start + width, device=self.device)
-            positions = positions.expand(rows, width)
-        mask = attention_mask(span, width, self.device)
-        if mask is None:
-            mask = torch.ones((1, 1, 1, span.columns), dtype=torch.bool, device=self.device)
-        out = self.model(
-            input_ids=tokens,
-            attention_mask=mask.expand(rows, 1, width, span.columns),
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=0 if last is not None else 1,
-        )
-        logits: Tensor = out.logits
-        if last is None:
-            return logits[:, -1]
-        return logits[torch.arange(rows, device=self.device), last]

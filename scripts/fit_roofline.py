@@ -21,7 +21,7 @@ from pathlib import Path
 
 from nearfield.core.catalog import Family, Figure, Shares
 from nearfield.core.catalog_files import Catalog, packaged, read_catalog
-from nearfield.policy.validate import architectures, summary, validate
+from nearfield.policy.validate import architectures, like, summary, validate
 
 # name → (common value, least, most)
 BOUNDS = {
@@ -84,7 +84,9 @@ def main() -> int:
     catalog = read_catalog()
     families = sorted({each.family for each in catalog.accelerators.values()})
     shares = {f: found for f in families if (found := fitted(catalog, f)) is not None}
-    off = validate(catalog.figures, catalog.accelerators, architectures(catalog.models), shares)
+    models = architectures(catalog.models)
+    language = like(catalog.figures, models, "generate")
+    off = validate(language, catalog.accelerators, models, shares)
     for family, found in shares.items():
         print(family, found.model_dump(exclude={"note", "basis", "link"}))
         for use in ("fit", "check"):
@@ -100,6 +102,9 @@ def main() -> int:
     for use in ("fit", "check"):
         told = summary(each for each in off if each.figure.use == use)
         print(f"{use}: {told.count} figures, median {told.median:.0%}, worst {told.worst:.0%}")
+    encoders = [f for f in like(catalog.figures, models, "embed") if f.use == "check"]
+    told = summary(validate(encoders, catalog.accelerators, models, shares))
+    print(f"encoders: {told.count} figures, median {told.median:.0%}, worst {told.worst:.0%}")
     if write:
         path = Path(packaged()) / "efficiency" / "fitted.yaml"
         path.write_text(_text(shares), encoding="utf-8")

@@ -64,7 +64,8 @@ class TestEveryRow:
                 ratio = row.dense[eight] / sixteen
                 assert min(abs(ratio - 1), abs(ratio - 2)) < 0.06
         if sixteen and row.measured_bf16_tflops:
-            assert 0.5 < row.measured_bf16_tflops / sixteen <= 1
+            cool = row.power_w is not None and row.power_w < 100  # do not hold their rate
+            assert (0.4 if cool else 0.5) < row.measured_bf16_tflops / sixteen <= 1
         if sixteen and row.family not in ("ipu", "cpu"):  # HBM or GDDR: operations a byte
             assert 80 < sixteen * 1000 / row.bandwidth_gb_s < 600
 

@@ -52,7 +52,8 @@ class TestTheTable:
         assert "Why not, in eu-west:" in text
         assert re.search(r"costs \d+% more", text)
         assert re.search(
-            r"modelled .*not seen it is off by \d+% in the median, \d+% at worst \(\d+ figures\)",
+            r"of language models that it has not seen it is off by \d+% in the median, "
+            r"\d+% at worst \(\d+ figures\)",
             text,
         )
         assert re.search(r"published +list prices .*gcp 2026-07-06", text)
@@ -129,6 +130,19 @@ class TestTheDocument:
         found = planned(capsys, "minilm --rps 500 --input-tokens 128 --slo-ttft-ms 50")
         assert found["workload"]["tokens_out"] == 0
         assert found["regions"][0]["choice"]["modelled"]["ttft_p95_ms"] <= 50
+
+    def test_the_error_told_is_that_of_models_like_it(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        generates = planned(capsys, "llama-3.1-8b --rps 1")["model_error"]
+        embeds = planned(capsys, "minilm --rps 1 --input-tokens 128")["model_error"]
+        assert generates["held_out"]["figures"] + embeds["held_out"]["figures"] == sum(
+            figure.use == "check" for figure in CATALOG.figures
+        )
+        assert embeds["fitted"]["figures"] == 0
+        assert embeds["fitted"]["median"] is None
+        run("minilm --rps 1 --input-tokens 128")
+        assert "of encoders that it has not seen" in capsys.readouterr().out
 
     def test_without_spot_there_is_none_and_it_costs_more(
         self, capsys: pytest.CaptureFixture[str]

@@ -111,6 +111,11 @@ def architectures(known: Mapping[str, KnownModel]) -> dict[str, Architecture]:
     return {name: architecture_of(name, model.config) for name, model in known.items()}
 
 
+def like(figures: Iterable[Figure], models: Mapping[str, Architecture], task: str) -> list[Figure]:
+    """Those of models that do the same: how far off encoders are says nothing of generators."""
+    return [figure for figure in figures if models[figure.model].task == task]
+
+
 def predict(figure: Figure, setup: Setup) -> float:
     """What the roofline says instead of the figure, in its unit."""
     n, m = float(figure.tokens_in), float(figure.tokens_out)

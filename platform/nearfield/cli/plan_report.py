@@ -350,11 +350,14 @@ def _on_premises(report: Report) -> None:
 def _rests_on(report: Report) -> None:
     click.echo("\nWhat this rests on:")
     held, fit = report.error("check"), report.error("fit")
+    of = "encoders" if report.size.architecture.task == "embed" else "language models"
+    fitted = "it was fitted to none of them"
+    if fit.count:
+        fitted = f"by {fit.median:.0%} and {fit.worst:.0%} on those it was fitted to ({fit.count})"
     click.echo(
-        "  modelled   times and rates, by a roofline. Against published measurements it has not "
-        f"seen it is off by {held.median:.0%} in the median, {held.worst:.0%} at worst "
-        f"({held.count} figures); by {fit.median:.0%} and {fit.worst:.0%} on those it was fitted "
-        f"to ({fit.count})"
+        f"  modelled   times and rates, by a roofline. Against published measurements of {of} "
+        f"that it has not seen it is off by {held.median:.0%} in the median, {held.worst:.0%} at "
+        f"worst ({held.count} figures); {fitted}"
     )
     for family in report.families():
         told = report.error("check", family)
@@ -393,7 +396,8 @@ def _rests_on(report: Report) -> None:
     click.echo(
         f"  assumed    {wishes.margin:.0%} margin below the SLO, for the model's error; "
         f"{wishes.headroom:.0%} headroom above the rate; {spot}; a cache in 16 bits; "
-        f"{HOURS_A_MONTH:g} hours a month; arrivals at random, shared evenly; no way to the client"
+        f"{HOURS_A_MONTH:g} hours a month; arrivals at random, shared evenly; a host that "
+        "keeps up with its chips; no way to the client"
     )
 
 

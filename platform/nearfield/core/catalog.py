@@ -66,7 +66,9 @@ class Accelerator(Strict):
     bandwidth_gb_s: Amount
     dense: dict[Dense, Amount] = Field({}, description="tera-operations/s by precision")
     measured_bf16_tflops: Amount | None = Field(
-        None, description="the highest that somebody has measured in a matrix product"
+        None,
+        description="the highest that somebody has measured in a matrix product, or what a "
+        "published timing amounts to: then the note says so",
     )
     power_w: Amount | None = None
     power: str | None = Field(None, description="what the vendor calls that power")
@@ -199,9 +201,11 @@ class ModelsFile(Strict):
 class Figure(Strict):
     """One published measurement.
 
-    `metric`: tokens_s is output tokens/s of the whole group of chips; ttft_ms of one prompt alone;
-    tpot_ms between tokens, with `batch` requests always running; latency_s of a whole batch.
-    `use`: fit, the shares reached were fitted to it; check, they have not seen it.
+    `metric`: tokens_s is output tokens/s of the whole group of chips; ttft_ms of one prompt alone,
+    or of `batch` together; tpot_ms between tokens, with `batch` requests always running; latency_s
+    of a whole batch. An encoder's figures are ttft_ms with no tokens out.
+    `use`: fit, the shares reached were fitted to it; check, they have not seen it; rate, the
+    accelerator's own rate was taken from it, so that it judges nothing.
     """
 
     source: Name
@@ -215,12 +219,18 @@ class Figure(Strict):
         None, ge=1, description="the engine's own bound, where batch is absent"
     )
     tokens_in: int = Field(ge=1)
-    tokens_out: int = Field(ge=1)
+    tokens_out: int = Field(ge=0)
     cache: int | None = Field(None, ge=1, description="tokens read a step, if always the same")
     cached_prompt: bool = Field(False, description="prompts were repeated and came from a cache")
     metric: Literal["tokens_s", "ttft_ms", "tpot_ms", "latency_s"]
     value: Amount
-    use: Literal["fit", "check"]
+    use: Literal["fit", "check", "rate"]
+
+    @model_validator(mode="after")
+    def _has_tokens(self) -> Self:
+        if self.tokens_out == 0 and self.metric != "ttft_ms":
+            raise ValueError(f"tokens_out is 0, and {self.metric} is of answers: use ttft_ms")
+        return self
 
 
 class PublishedFile(Strict):

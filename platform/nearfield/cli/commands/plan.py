@@ -189,7 +189,7 @@ def plan(
     from nearfield.core.catalog_files import read_catalog
     from nearfield.policy.plan import Wishes
     from nearfield.policy.plan import plan as plan_regions
-    from nearfield.policy.validate import architectures, validate
+    from nearfield.policy.validate import architectures, like, validate
 
     catalog = read_catalog(catalogs)
     size = model_size(model, catalog.models)
@@ -220,15 +220,15 @@ def plan(
             on_prem, market, catalog.accelerators.get(on_prem), capex_usd, machine_accelerators,
             power_w, years, usd_per_kwh, pue, upkeep,
         )  # fmt: skip
+    models = architectures(catalog.models)
+    figures = like(catalog.figures, models, size.architecture.task)
     report = Report(
         size,
         plans,
         wishes,
         catalog,
         whose,
-        validate(
-            catalog.figures, catalog.accelerators, architectures(catalog.models), catalog.shares
-        ),
+        validate(figures, catalog.accelerators, models, catalog.shares),
         ownership,
         _own(on_prem, ownership, size, loads, market, plans, wishes),
     )
@@ -272,10 +272,14 @@ def _context(given: int | None, size: ModelSize, each: int) -> int:
             "or lower --input-tokens or --output-tokens",
             param="context",
         )
-    if longest > size.architecture.context:
+    most = size.architecture.context
+    if longest > most:
+        remedy = "lower --context" if longest > each else "lower --input-tokens or --output-tokens"
+        if size.architecture.task == "embed":
+            remedy = f"say how long a text is, in the mean: --input-tokens {min(128, most)}"
         raise BadRequest(
-            f"--context: {longest:,} tokens are more than the {size.architecture.context:,} that "
-            f"{size.name} was made for",
+            f"--context: {longest:,} tokens are more than the {most:,} that {size.name} was made "
+            f"for: {remedy}",
             param="context",
         )
     return longest

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from nearfield.api.keys import Principal
-from nearfield.edge.proxy.ports import Leg
+from nearfield.edge.proxy.ports import NEVER_SENT, Attempt, Leg
 from nearfield.policy.endpoints import DEFAULT, Caller
 from nearfield.policy.explain import Explanation
 
@@ -119,3 +119,14 @@ class Routed(Leg):
     predicted_s: float = 0.0
     trial: bool = False
     explain: Callable[[], Explanation] | None = None
+
+
+def crossed(attempt: Attempt, first: str | None) -> bool:
+    """Whether it counts as a run in another region than the first.
+
+    Not where the other region's gateway was lost with it: no request does that.
+    """
+    leg = attempt.leg
+    if not isinstance(leg, Routed) or leg.region == first or attempt.failure in NEVER_SENT:
+        return False
+    return leg.replica is not None or attempt.failure not in ("closed", "abandoned")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
-from nearfield.edge.decisions import FROM, REPLICA_LOST, Admission, Routed
+from nearfield.edge.decisions import FROM, REPLICA_LOST, Admission, Routed, crossed
 from nearfield.edge.proxy.ports import NEVER_SENT, Attempt, Grant, Request, Target
 from nearfield.edge.suspects import Suspects
 from nearfield.policy import retry
@@ -178,7 +178,7 @@ class BudgetRetries:
             idempotent=grant.replayable or request.method in SAFE_METHODS,
             runs=len(attempts) - refusals,
             refusals=refusals,
-            crossings=sum(_region(attempt) != region for attempt in attempts),
+            crossings=sum(crossed(attempt, region) for attempt in attempts),
             suspect=admission.trial is not None or admission.accused,
             left_s=request.deadline_s - now_s,
         )

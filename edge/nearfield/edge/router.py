@@ -40,11 +40,11 @@ from nearfield.edge.decisions import (
     VERSION,
     Admission,
     Routed,
+    crossed,
 )
 from nearfield.edge.home import WAY_S, HomeEndpoint, Replica
 from nearfield.edge.known import Known
 from nearfield.edge.proxy.ports import (
-    NEVER_SENT,
     Answer,
     Attempt,
     Fields,
@@ -410,12 +410,12 @@ class WorldRouter:
     def _elsewhere(self, plan: Plan, case: _Case) -> Iterator[Pick]:
         """Where a request may go besides its tries so far, the best first."""
         first = _first_region(case.attempts)
-        crossed, exhausted = set(), set()
+        beyond, exhausted = set(), set()
         for attempt in case.attempts:
             leg = attempt.leg
             if isinstance(leg, Routed):
-                if leg.region != first and attempt.failure not in NEVER_SENT:
-                    crossed.add(leg.region)
+                if crossed(attempt, first):
+                    beyond.add(leg.region)
                 if leg.region != self._here:
                     exhausted.add(leg.region)
         own, confined = self._own, _confined(case)
@@ -423,7 +423,7 @@ class WorldRouter:
         for candidate in alternatives(plan, own, tried=()):
             state = candidate.state
             region = state.endpoint.region
-            if crossed and region != first and region not in crossed:
+            if beyond and region != first and region not in beyond:
                 continue
             if confined is not None and region != confined:
                 continue
@@ -796,13 +796,8 @@ def _is_at(attempt: Attempt, region: str) -> bool:
 
 
 def _crossings(attempts: Sequence[Attempt]) -> int:
-    """Runs in another region than the first."""
     first = _first_region(attempts)
-    return sum(
-        attempt.failure not in NEVER_SENT and attempt.leg.region != first
-        for attempt in attempts
-        if isinstance(attempt.leg, Routed)
-    )
+    return sum(crossed(attempt, first) for attempt in attempts)
 
 
 def _starts(way: Way) -> bool:

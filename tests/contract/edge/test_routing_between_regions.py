@@ -236,6 +236,22 @@ async def test_one_retry_crosses_and_no_second_one() -> None:
         assert sum(site.world.books.own) == 0
 
 
+async def test_who_is_in_two_regions_as_they_die_is_answered_by_the_third() -> None:
+    near, far, farther = (
+        Elsewhere(n, "x", first_byte_s=s) for n, s in (("eu", 0.01), ("us", 0.1), ("in", 1))
+    )
+    async with (
+        told(near, far, farther),
+        edge(near, far, farther, eu="x", us="x", **{"in": "x"}) as site,
+    ):
+        near.hangs = far.hangs = True
+        asked = asyncio.create_task(site.ask())
+        for dying in (near, far):
+            await until(lambda dying=dying: len(site.world.region(dying.name).running) == 1)
+            await dying.close()
+        assert place(await asked) == "in"
+
+
 async def test_a_busy_region_sends_to_another_one() -> None:
     near, far = Elsewhere("eu", "x"), Elsewhere("us", "x", first_byte_s=0.2)
     async with told(near, far), edge(near, far, eu="x", us="x") as site:

@@ -44,7 +44,7 @@ def test_json_tells_what_is_simulated_from_what_is_measured(
     assert first["simulated"]["figures"] == "simulated"
     assert first["simulated"]["mode"] == mode
     assert first["simulated"]["requests"]["done"] > 300
-    assert first["measured"]["simulated_requests_per_s"] > 0
+    assert first["measured"]["simulated_requests_per_cpu_s"] > 0
 
 
 def test_the_files_of_one_seed_are_the_same_bytes(scenario: Path, tmp_path: Path) -> None:

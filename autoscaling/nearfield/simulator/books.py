@@ -57,9 +57,9 @@ class Histogram:
             here = self.bins[place]
             if seen + here >= wanted:
                 inside = min(1.0, max(0.0, (wanted - seen) / here))
-                return LEAST_S * GROWTH ** (place + inside)
+                return float(LEAST_S * GROWTH ** (place + inside))
             seen += here
-        return LEAST_S * GROWTH ** (max(self.bins) + 1)
+        return float(LEAST_S * GROWTH ** (max(self.bins) + 1))
 
     @property
     def mean_s(self) -> float | None:
@@ -115,7 +115,7 @@ class Tally:
 
     def answered(self, ttft_s: float, total_s: float, now_s: float, count: int = 1) -> None:
         self.done += count
-        window = self.window(now_s)
+        window = self._window if now_s < self._end_s else self.window(now_s)
         window.ended += count
         window.ttft.add(ttft_s, count)
         self.total.add(total_s, count)

@@ -17,7 +17,7 @@ from heapq import heappop, heappush
 from typing import Any
 
 from nearfield.policy import health, limit
-from nearfield.policy.endpoints import Refusal
+from nearfield.policy.endpoints import Health, Refusal
 from nearfield.policy.rank import Place, ReplicaState, choose, places
 from nearfield.policy.retry import Cause, History, may_replay
 from nearfield.policy.route import alternatives, pick
@@ -70,12 +70,15 @@ class Lane:
 
     Attributes:
         own, work: requests and their tokens, by replica number.
-        places: the replicas that may have requests, as the policy reads them; at_s: as of when.
+        places: the replicas that may have requests, as the policy reads them; at_s: as of when;
+            touched: a request has come or gone since.
         pending: requests that found no replica.
         beliefs: about the replicas, where one of them is not as it should be.
     """
 
-    __slots__ = ("at_s", "beliefs", "by_number", "own", "pending", "places", "pool", "work")
+    __slots__ = (
+        "at_s", "beliefs", "by_number", "own", "pending", "places", "pool", "touched", "work",
+    )  # fmt: skip
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -84,6 +87,7 @@ class Lane:
         self.places: tuple[Place, ...] = ()
         self.by_number: dict[int, EventReplica] = {}
         self.at_s = -math.inf
+        self.touched = True
         self.pending: deque[Request] = deque()
         self.beliefs: health.Group | None = None
 
@@ -176,6 +180,7 @@ class EventWorld(World):
                 return False
             self._count(request, pool)
             lane.pending.append(request)
+            lane.touched = True
         elif not self._place(request, lane):
             return False
         else:
@@ -217,6 +222,7 @@ class EventWorld(World):
             open_ = tuple(place for place in open_ if place.number != number)
         else:
             return False
+        lane.touched = True
         lane.own[number] = mine + 1
         lane.work[number] += request.tokens
         if mine >= replica.peak:
@@ -334,6 +340,7 @@ class EventWorld(World):
             raise InvariantError("a request is computed twice")
         request.ended = True
         lane, number = replica.lane, replica.number
+        lane.touched = True
         lane.own[number] -= 1
         lane.work[number] -= request.tokens
         pool = self._uncount(request)
@@ -350,7 +357,8 @@ class EventWorld(World):
         replica.answered += 1
         times_s = replica.times_s
         times_s.append(limit.comparable_s(first_s - came_s, request.prompt))
-        if limit.full(len(times_s), now_s - replica.window_s):
+        age_s = now_s - replica.window_s
+        if age_s >= limit.WINDOW_S and limit.full(len(times_s), age_s):
             times_s.sort()
             replica.limit = replica.limit.learn(
                 limit.Window(times_s[len(times_s) // 2], replica.peak)
@@ -393,11 +401,9 @@ class EventWorld(World):
         if passed_s < READ_S:
             return
         lane.at_s = now_s
-        if not pool.load and lane.beliefs is None and len(lane.places) == pool.ready:
-            idle = all(place.others == 0.0 for place in lane.places)
-            if idle:  # nothing has changed, nor will it by looking
-                pool.waiting, pool.queue_age_s = 0, 0.0
-                return
+        if not lane.touched and not pool.waiting and lane.beliefs is None:
+            return  # nothing has changed since the last look
+        lane.touched = False
         while lane.pending and lane.pending[0].deadline_s < now_s:
             request = lane.pending.popleft()
             self._uncount(request).late += 1
@@ -442,7 +448,7 @@ class EventWorld(World):
             left = mine
             if load:
                 left *= (len(queue) + HALF_DONE * (load - len(queue))) / load
-            alive: health.Health = "up"
+            alive: Health = "up"
             weight = 1.0
             if beliefs is not None:
                 upstream = beliefs.members[replica.id]
@@ -489,7 +495,7 @@ class EventWorld(World):
 
     def _stale(self, lane: Lane) -> None:
         """Another set of replicas: nobody may choose from the old one."""
-        lane.at_s = -math.inf
+        lane.at_s, lane.touched = -math.inf, True
         lane.places = ()
         if lane.beliefs is not None:
             names = [r.id for r in lane.pool.replicas.values() if r.stage == "ready"]
@@ -539,6 +545,7 @@ class EventWorld(World):
                 else:
                     kept.append(request)
             lane.pending = kept
+            lane.touched = True
             for replica in list(lane.pool.replicas.values()):
                 assert isinstance(replica, EventReplica)
                 for request in replica.batch.remove(gateway, self.now_s):
@@ -578,12 +585,12 @@ class EventWorld(World):
         beliefs, changes = health.step(beliefs, health.Tick(), self.now_s, self.draw())
         lane.beliefs = beliefs
         for change in changes:
-            lane.at_s = -math.inf
+            lane.at_s, lane.touched = -math.inf, True
             region = lane.pool.endpoint.region
             self._note("health", region, change.name, f"{change.after}: {change.reason}")
         steady = all(u.health == "up" and u.ramp_s is None for u in beliefs.members.values())
         if steady and all(r.factor == 1.0 for r in watched):
-            lane.beliefs = None
+            lane.beliefs, lane.touched = None, True
             return
         self.at(self.now_s + WATCH_S, self._watch, lane)
 

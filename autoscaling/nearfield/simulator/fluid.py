@@ -4,18 +4,18 @@ Time goes in ticks. In each, a stream's requests are sent as a few packets of wh
 packet is routed by `policy.route` as one request would be, with the lengths of one of its requests
 and the waiting of one. A pool has two stages, prompts and answers, and what is in them follows
 
-    y' = begun - R / prefill_s                   prompts, in order of time, R of them at once
-    z' = R / prefill_s - z / (answer x step_s)   answers, all at once
+    y' = begun - R / prefill_s                     prompts, in order of time, R of them at once
+    z' = R / prefill_s - z / (answer x step_s)     answers, all at once
 
-with the speeds of `engine.Timing`, solved over the tick. That knows how much is served and how long
+with the speeds of `engine.Timing`, solved over the tick (answers in two halves one after the other,
+as their lengths vary less than exponentially). That knows how much is served and how long
 a backlog lasts, but not that requests come in clumps. So to every packet a wait is added that is
-drawn from a queue's steady state: for a place, by Sakasegawa ("An approximation formula
+drawn from a steady state: for a place, by Sakasegawa ("An approximation formula
 Lq = a.rho^b/(1-rho)", 1977) with Allen and Cunneen's correction for the variance of arrivals and of
-work; for a prompt's turn, by Kingman's formula for one server, less what the choice of a replica
-saves.
+work; for a prompt's turn, see `_turn_s`.
 
-Requests are counted in whole numbers here too: nothing is lost in rounding. What this mode leaves
-out: `policy.rank` (a pool's replicas share its work evenly) and `policy.limit`.
+Requests are counted in whole numbers here too: nothing is lost in rounding. `policy.limit` learns
+from a pool as from one replica. `policy.rank` is left out: a pool's replicas share its work evenly.
 docs/simulate.md says how far both modes agree; tests/simulation/test_simulator_modes.py holds them
 to it.
 """
@@ -29,6 +29,7 @@ from typing import Any
 
 from nearfield.policy import health
 from nearfield.policy.endpoints import Refusal
+from nearfield.policy.limit import WINDOW_S, Limit, Window, comparable_s
 from nearfield.policy.route import alternatives, pick
 from nearfield.simulator.books import InvariantError
 from nearfield.simulator.fleet import Pool, Replica
@@ -38,18 +39,21 @@ MOST_BUSY = 0.97
 """Largest utilisation a steady state is reckoned for: beyond, the backlog itself is followed."""
 MOST_CV2 = 16.0
 """Largest variance believed in for a wait: clumps of hours are a rate, and no clump."""
+MOST_WINDOWS = 10
+"""Of `policy.limit`, learnt from in one tick."""
+HALVES = 2
 HOLDS = 3.0
 """Mean times in service after which a draining replica is empty."""
 SMOOTH = 0.3
 """Weight of a tick in what a pool knows of its requests."""
-KNOWN, KNOWN_PACKET = 50.0, 0.05
+KNOWN, KNOWN_PACKET = 200.0, 0.02
 """Requests over which their lengths are averaged; and the weight of one packet in the variance."""
 RATE_S = 30.0
 """Time over which the rate is averaged that a steady state belongs to: shorter peaks are clumps,
 which the formula knows of, and longer ones make a backlog."""
-BALANCED = 0.65
-"""Part of the variance of work that is left to wait for where there are many replicas: a request
-goes to one with little to do. Fitted to the events mode, with the root below."""
+BALANCED, CLUMPED = 0.7, 0.6
+"""How much a request still meets where many replicas could have it: of prompts that are being
+computed, and of the clump it comes in. Fitted to the events mode."""
 
 
 class Packet:
@@ -98,14 +102,15 @@ class Flow:
     Attributes:
         queue: packets without a place, queued requests in all. cohorts: those in service, the
             oldest first, inside requests in all.
-        prompts, answers: of those inside, in which stage: not whole numbers.
+        prompts, halves: of those inside, whose prompt or which half of whose answer is being
+            computed: not whole numbers.
         cv2, prompt2: of arrivals, and the mean square of prompts' lengths, lately. rate_rps: at
-            which requests begin, lately.
+            which requests begin, lately. limit: what a replica is sent at most.
     """
 
     __slots__ = (
-        "answers", "cohorts", "cv2", "inside", "pool", "prompt2", "prompts", "queue", "queued",
-        "rate_rps",
+        "cohorts", "cv2", "halves", "inside", "limit", "pool", "prompt2", "prompts", "queue",
+        "queued", "rate_rps",
     )  # fmt: skip
 
     def __init__(self, pool: Pool) -> None:
@@ -114,14 +119,27 @@ class Flow:
         self.queued = 0
         self.cohorts: deque[Cohort] = deque()
         self.inside = 0
-        self.prompts = self.answers = 0.0
+        self.prompts = 0.0
+        self.halves = [0.0] * HALVES
         self.cv2 = 1.0
         self.prompt2 = pool.prompt**2
         self.rate_rps = 0.0
+        self.limit = Limit()
 
     @property
     def load(self) -> int:
         return self.queued + self.inside
+
+    @property
+    def answers(self) -> float:
+        return sum(self.halves)
+
+    def shrink(self, count: int) -> None:
+        """So many of those inside are gone, from all stages alike."""
+        keep = 1.0 - count / self.inside
+        self.prompts *= keep
+        self.halves = [half * keep for half in self.halves]
+        self.inside -= count
 
 
 class FluidWorld(World):
@@ -216,7 +234,10 @@ class FluidWorld(World):
                 gateway.due_s = self.now_s
                 self._note("health", gateway.name, name, f"{change.after}: {change.reason}")
             return packet
-        room = max(1, pool.ready) * (pool.timing.slots + pool.timing.max_queued) - flow.load
+        most = pool.timing.slots + pool.timing.max_queued
+        if pool.ready:
+            most = min(most, flow.limit.room(source.criticality))
+        room = max(1, pool.ready) * most - flow.load
         if room <= 0:
             pool.late += packet.count
             return packet
@@ -294,13 +315,15 @@ class FluidWorld(World):
             )
             begun = max(0.0, min(asked, places - flow.inside + done))
         begins = min(flow.queued, int(begun + self.draw()))
+        weight = -math.expm1(-tick_s / RATE_S) if flow.rate_rps else 1.0
+        flow.rate_rps += weight * (begins / tick_s - flow.rate_rps)
         backlog = begins < flow.queued or (bool(flow.queue) and flow.queue[0].came_s < begun_s)
-        flow.prompts, flow.answers = prompts, answers
+        flow.prompts, flow.halves = prompts, answers
         if begins:
             self._begin(flow, begins, begun_s, tick_s, backlog, prefill_s, step_s, speed)
         pool.waiting = flow.queued
         pool.queue_age_s = stop_s - flow.queue[0].came_s if flow.queue else 0.0
-        ends = int(flow.inside - prompts - answers + 0.5)
+        ends = int(flow.inside - prompts - sum(answers) + 0.5)
         if ends > 0:
             self._end(flow, min(ends, flow.inside), stop_s)
 
@@ -316,33 +339,35 @@ class FluidWorld(World):
 
     def _stages(
         self, flow: Flow, begun: float, tick_s: float, working: int, speed: float
-    ) -> tuple[float, float, float, float, float]:
+    ) -> tuple[float, list[float], float, float, float]:
         """What is in both stages after a tick, and how fast they were.
 
         Returns:
-            (prompts, answers, seconds of a prompt, seconds of a token, requests done)
+            (prompts, answers by half, seconds of a prompt, seconds of a token, requests done)
         """
         pool, timing = flow.pool, flow.pool.timing
         slow = working / speed
-        answers, done = flow.answers, 0.0
-        decoding = answers / working
+        after, into = list(flow.halves), 0.0
+        decoding = flow.answers / working
         prefill_s = step_s = timing.step_s
         computed = begun
         for _ in range(2):  # with the mean of the tick's beginning and end
             prefill_s = slow * timing.prefill_s(pool.prompt, decoding)
             computed = min(flow.prompts + begun, tick_s * working / max(prefill_s, 1e-9))
-            rate_rps = computed / tick_s / working
-            step_s = slow * timing.decode(rate_rps * slow, pool.prompt, decoding)
-            hold_s = pool.answer * step_s
-            if hold_s <= 0.0:
-                answers = 0.0
-            else:
-                level = computed / tick_s * hold_s
-                answers = level + (flow.answers - level) * math.exp(-tick_s / hold_s)
-            decoding = (flow.answers + answers) / 2 / working
+            rate_rps = computed / tick_s if flow.prompts > 1.0 else flow.rate_rps
+            step_s = slow * timing.decode(rate_rps / working * slow, pool.prompt, decoding)
+            half_s = pool.answer * step_s / HALVES
+            into, after = computed, []
+            for before in flow.halves:
+                left = 0.0
+                if half_s > 0.0:
+                    level = into / tick_s * half_s
+                    left = level + (before - level) * math.exp(-tick_s / half_s)
+                after.append(left)
+                into += before - left
+            decoding = (flow.answers + sum(after)) / 2 / working
         prompts = flow.prompts + begun - computed
-        done = flow.answers + computed - answers
-        return prompts, answers, prefill_s, step_s, done
+        return prompts, after, prefill_s, step_s, into
 
     def _begin(
         self,
@@ -362,9 +387,7 @@ class FluidWorld(World):
         rate_rps, cv2 = flow.rate_rps, flow.cv2
         busy = min(MOST_BUSY, rate_rps * prefill_s / working)
         prompt2 = max(flow.prompt2, pool.prompt**2) / max(1.0, pool.prompt) ** 2 - 1.0
-        # As one server's, were it not for the choice between so many.
-        spread = cv2 / math.sqrt(working) + prompt2 * (BALANCED + (1.0 - BALANCED) / working)
-        wait = busy, spread / 2 * prefill_s / (1.0 - busy)
+        wait = busy, _turn_s(busy, working, prefill_s, cv2, prompt2) / max(busy, 1e-9)
         places = max(1, pool.ready) * timing.rows(pool.prompt, pool.answer)
         hold_s = prefill_s + pool.answer * step_s
         full = _steady(rate_rps * hold_s / places, places, hold_s, (cv2 + 1.0) / 2)
@@ -372,6 +395,7 @@ class FluidWorld(World):
         slow = working / speed
         decoding = flow.answers / working
         draw = self.draw
+        took: list[tuple[float, int]] = []
         taken = 0
         while taken < begins:
             packet = flow.queue[0]
@@ -388,6 +412,7 @@ class FluidWorld(World):
             first_s = before_s + own_s + _drawn(wait, draw)
             if packet.answer > 0:
                 first_s += step_s
+            took.append((comparable_s(waited_s + first_s, packet.prompt), count))
             ttft_s = packet.rtt_s + waited_s + first_s
             total_s = ttft_s + max(0, packet.answer - 1) * step_s
             flow.cohorts.append(Cohort(packet, count, ttft_s, total_s))
@@ -406,8 +431,12 @@ class FluidWorld(World):
                 rest.lag_s, rest.rtt_s = packet.lag_s, packet.rtt_s
                 packet.count = count
                 flow.queue[0] = rest
+        peak = math.ceil(flow.load / working)
         flow.queued -= begins
         flow.inside += begins
+        window = Window(_median(took), peak)
+        for _ in range(max(1, min(MOST_WINDOWS, round(tick_s / (2 * WINDOW_S))))):
+            flow.limit = flow.limit.learn(window)
         mean_wait_s = wait[0] * wait[1]
         first_s = prefill_s + before_s + mean_wait_s + step_s
         pool.first_byte_s += SMOOTH * (first_s - pool.first_byte_s)
@@ -477,10 +506,7 @@ class FluidWorld(World):
         sent again."""
         inside = flow.prompts + flow.answers
         replayed = round(count * flow.prompts / inside) if inside > 0 else 0
-        keep = 1.0 - count / flow.inside
-        flow.prompts *= keep
-        flow.answers *= keep
-        flow.inside -= count
+        flow.shrink(count)
         again: list[Packet] = []
         for number, end in ((count - replayed, 0), (replayed, -1)):
             left = number
@@ -525,11 +551,7 @@ class FluidWorld(World):
             gone = [each for each in flow.cohorts if each.packet.gateway is gateway]
             if not gone:
                 continue
-            count = sum(each.count for each in gone)
-            keep = 1.0 - count / flow.inside
-            flow.prompts *= keep
-            flow.answers *= keep
-            flow.inside -= count
+            flow.shrink(sum(each.count for each in gone))
             for cohort in gone:
                 self._leave(flow, cohort.packet, cohort.count)
                 self._fail(cohort.packet, cohort.count, "lost", "its gateway is gone")
@@ -555,6 +577,31 @@ class FluidWorld(World):
             raise InvariantError("requests in flight are at no endpoint, or at two")
 
 
+def _median(weighted: list[tuple[float, int]]) -> float:
+    weighted.sort()
+    half = sum(count for _, count in weighted) / 2
+    for value, count in weighted:
+        half -= count
+        if half <= 0:
+            return value
+    return weighted[-1][0]
+
+
+def _turn_s(busy: float, servers: int, service_s: float, cv2: float, work_cv2: float) -> float:
+    """How long a prompt waits for its turn at its replica, in the mean.
+
+    Whoever comes to a replica that computes a prompt waits for the rest of it: that happens in
+    proportion to its utilisation, somewhat less where the choice is wide. The queue behind that is
+    one of all replicas together, since a request goes where there is the least to do. With one
+    server and random arrivals both add up to the formula of Pollaczek and Khinchine.
+    """
+    balance = BALANCED + (1.0 - BALANCED) / servers
+    rest = busy * balance * (1.0 + work_cv2) / 2
+    rest += CLUMPED * max(0.0, cv2 - 1.0) * busy / math.sqrt(servers)
+    queue = busy ** math.sqrt(2.0 * (servers + 1.0)) / (servers * (1.0 - busy))
+    return float(service_s * (rest + queue * (cv2 + work_cv2) / 2))
+
+
 def _steady(busy: float, servers: float, service_s: float, spread: float) -> tuple[float, float]:
     """(share of requests that wait, how long those do in the mean, seconds).
 
@@ -562,7 +609,7 @@ def _steady(busy: float, servers: float, service_s: float, spread: float) -> tup
         busy: utilisation. spread: mean of the squared variations of gaps and of service.
     """
     busy = min(busy, MOST_BUSY)
-    share = busy ** (math.sqrt(2.0 * (servers + 1.0)) - 1.0) if busy > 0.0 else 0.0
+    share = float(busy ** (math.sqrt(2.0 * (servers + 1.0)) - 1.0)) if busy > 0.0 else 0.0
     return share, max(0.0, spread) * service_s / (servers * (1.0 - busy))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from nearfield.core.errors import BadRequest
 
@@ -53,7 +53,7 @@ def rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
         raise TraceError(f"{path.name} cannot be read ({error})", "name a CSV file") from None
 
 
-def _open(path: Path) -> Iterator[str] | object:
+def _open(path: Path) -> IO[str]:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8", newline="")
     return path.open(encoding="utf-8", newline="")

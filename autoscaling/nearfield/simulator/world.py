@@ -1,7 +1,8 @@
 """The simulated world around the policy: its clock, gateways, health, scaling and faults.
 
 What decides is production's: `policy.route` plans and picks, `policy.health` says who is alive,
-`policy.scale` says how many replicas there should be. What a gateway knows is as old here as it is
+`policy.scale` says how many replicas there should be, and Ray Serve's own rules around it are
+`policy.serve_semantics`. What a gateway knows is as old here as it is
 there: a poll a second, and what it has sent itself. How requests are computed is the modes' part:
 `events` and `fluid`.
 
@@ -28,6 +29,7 @@ from nearfield.policy.endpoints import (
     EndpointState,
 )
 from nearfield.policy.route import Plan, plan
+from nearfield.policy.serve_semantics import ServeOptions, ServeState, serve_target
 from nearfield.simulator import scenario as s
 from nearfield.simulator.arrivals import Stream, draws, stream
 from nearfield.simulator.books import Change, InvariantError, Sample, Tally
@@ -52,11 +54,13 @@ class Gateway:
 
     Attributes:
         own: its requests in flight, by pool number. rtts_s: likewise.
-        plans: by class of callers. due_s: when it polls next.
+        plans: by class of callers; used: classes that come here. due_s: when it polls next.
         beliefs: about the regions.
     """
 
-    __slots__ = ("alive", "beliefs", "due_s", "index", "name", "own", "plans", "region", "rtts_s")
+    __slots__ = (
+        "alive", "beliefs", "due_s", "index", "name", "own", "plans", "region", "rtts_s", "used",
+    )  # fmt: skip
 
     def __init__(self, name: str, index: int, region: int | None, rtts_s: list[float]) -> None:
         self.name = name
@@ -65,6 +69,7 @@ class Gateway:
         self.rtts_s = rtts_s
         self.own = [0] * len(rtts_s)
         self.plans: list[Plan | None] = []
+        self.used: set[int] = set()
         self.due_s = 0.0
         self.beliefs = health.Group()
         self.alive = True
@@ -113,7 +118,7 @@ class Scaler:
     step: Step
     interval_s: float
     state: scale.State = field(default_factory=scale.State)
-    decision: scale.Decision | None = None
+    serve: dict[int, ServeState] = field(default_factory=dict)
     decisions: int = 0
 
 
@@ -182,6 +187,8 @@ class World:
         self.sources = self._make_sources(folder, table)
         for gateway in self.gateways:
             gateway.plans = [None] * len(self._callers)
+        for source in self.sources:
+            _attach(source)
         self.scalers = self._make_scalers(step)
         self._folder = folder
 
@@ -237,7 +244,7 @@ class World:
         return sum(pair[0] for pair in found) / count, sum(pair[1] for pair in found) / count
 
     def _make_gateways(self, table: dict[tuple[str, str], float]) -> list[Gateway]:
-        gateways = []
+        gateways: list[Gateway] = []
         places: list[tuple[str, int | None]] = [(r.name, i) for i, r in enumerate(self.regions)]
         places += [(site.site, None) for site in self.scenario.sites]
         for name, region in places:
@@ -301,8 +308,6 @@ class World:
                         nearest,
                     )
                 )
-        for source in sources:
-            _attach(source)
         return sources
 
     def _stands_in(self, gateway: Gateway, allowed: frozenset[str] | None) -> bool:
@@ -419,7 +424,8 @@ class World:
                     0.0,
                 )
             )
-        for i, (ask, caller) in enumerate(self._callers):
+        for i in sorted(gateway.used):
+            ask, caller = self._callers[i]
             states = by_model.get(ask.model, [])
             gateway.plans[i] = plan(states, ask, caller, now_s=now_s, previous=gateway.plans[i])
 
@@ -481,15 +487,18 @@ class World:
         decision, scaler.state = scaler.step(signals, scaler.state, scaler.spec)
         scaler.decisions += 1
         changed: dict[str, tuple[int, int]] = {}
+        forced_usd = 0.0
         for pool, target in zip(scaler.pools, decision.targets, strict=True):
             bounds = pool.spec.min_replicas, pool.spec.max_replicas
             if not bounds[0] <= target.replicas <= bounds[1]:
                 raise InvariantError(
                     f"{pool.endpoint.name}: a target of {target.replicas} is not within {bounds}"
                 )
-            if target.replicas != pool.target:
-                changed[target.name] = (pool.target, target.replicas)
-            pool.target = target.replicas
+            wanted = self._as_serve(scaler, pool, target.replicas)
+            forced_usd += max(0, wanted - target.replicas) * pool.spec.usd_per_hour
+            if wanted != pool.target:
+                changed[target.name] = (pool.target, wanted)
+            pool.target = wanted
             for name in target.drain:
                 replica = pool.replicas.get(name)
                 if replica is not None and replica.stage == "ready":
@@ -497,7 +506,6 @@ class World:
         if changed:
             words = decision.reason
             self._note("scale", scaler.region.name, scaler.model, words, changed)
-        scaler.decision = decision
         for pool in scaler.pools:  # first those that give something up: it may be what pays
             surplus = pool.serving - pool.target
             if surplus > 0:
@@ -512,11 +520,25 @@ class World:
                     break
         bill_usd = usd(scaler.pools)
         least_usd = sum(p.spec.min_replicas * p.spec.usd_per_hour for p in scaler.pools)
-        if bill_usd > max(scaler.spec.max_usd_per_hour, least_usd) * (1 + 1e-9):
+        allowed_usd = max(scaler.spec.max_usd_per_hour, least_usd) + forced_usd
+        if bill_usd > allowed_usd * (1 + 1e-9):
             raise InvariantError(
                 f"{scaler.region.name}/{scaler.model}: {bill_usd:.2f} USD an hour, and "
                 f"{scaler.spec.max_usd_per_hour:.2f} are allowed ({decision.reason})"
             )
+
+    def _as_serve(self, scaler: Scaler, pool: Pool, wanted: int) -> int:
+        """What Ray Serve makes of a target: at zero replicas with traffic it starts one unasked."""
+        target, scaler.serve[pool.number] = serve_target(
+            lambda: float(wanted),
+            running=pool.ready,
+            target=pool.target,
+            requests=float(pool.load),
+            now_s=self.now_s,
+            state=scaler.serve.get(pool.number, ServeState()),
+            options=ServeOptions(pool.spec.min_replicas, pool.spec.max_replicas, 0.0, 0.0, 0.0),
+        )
+        return target
 
     def _launch(self, pool: Pool) -> bool:
         """Ask for one more replica; whether there is capacity for it."""
@@ -573,6 +595,7 @@ class World:
         """There is more or less spot capacity from now on."""
         pool, replicas = about
         pool.capacity = replicas
+        pool.refused = pool.refused and pool.kept >= replicas
         excess = pool.kept - replicas
         if excess <= 0:
             return
@@ -752,6 +775,9 @@ def _attach(source: Source) -> None:
     for way_s, gateway in source.nearest:
         if gateway.alive:
             source.gateway, source.way_s = gateway, way_s
+            gateway.used.add(source.callers)
+            if gateway.plans[source.callers] is None:
+                gateway.due_s = 0.0
             return
 
 

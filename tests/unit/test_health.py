@@ -106,9 +106,8 @@ def test_an_upstream_that_answers_requests_is_not_dead() -> None:
 
 
 def test_a_probe_is_waited_for_less_where_requests_are_overdue() -> None:
-    assert patience_s(RULES, way_s=0.05, overdue=False) == RULES.probe_timeout_s
-    assert patience_s(RULES, way_s=0.05, overdue=True) == pytest.approx(0.7)
-    assert patience_s(RULES, way_s=0.6, overdue=True) == RULES.probe_timeout_s, "it is far"
+    assert patience_s(RULES, way_s=0.05) == pytest.approx(0.7)
+    assert patience_s(RULES, way_s=0.6) == RULES.probe_timeout_s, "it is far"
 
 
 def test_one_that_is_silent_with_requests_in_flight_needs_no_second_probe() -> None:

@@ -207,16 +207,14 @@ def probe_after_s(rules: Rules, draw: float, *, deep: bool = False) -> float:
     return _jittered(rules.deep_probe_s if deep else rules.probe_s, rules, draw)
 
 
-def patience_s(rules: Rules, *, way_s: float, overdue: bool) -> float:
-    """How long a probe is waited for.
+def patience_s(rules: Rules, *, way_s: float) -> float:
+    """How long a probe is waited for while requests are overdue, and nothing was heard since.
+
+    Both are silent together, which says more than a slow probe page does, and is believed sooner.
 
     Args:
         way_s: its round trip, as measured.
-        overdue: answers are late, and nothing has been heard since they were due. Then both are
-            silent together, which says more than a slow probe page does, and is believed sooner.
     """
-    if not overdue:
-        return rules.probe_timeout_s
     return min(rules.probe_timeout_s, rules.overdue_timeout_s + way_s)
 
 

@@ -40,9 +40,9 @@ from nearfield.edge.elsewhere import Region
 from nearfield.edge.home import HomeEndpoint, Replica
 from nearfield.edge.known import Known
 from nearfield.edge.proxy.ports import Target
-from nearfield.edge.questions import Questions, Reply, Silent
+from nearfield.edge.questions import LATE_S, Questions, Reply, Silent
 from nearfield.edge.world import HOME_RULES, World
-from nearfield.policy.health import Rules, probe_after_s
+from nearfield.policy.health import Rules, patience_s, probe_after_s
 
 log = logging.getLogger("nearfield.edge.follow")
 
@@ -233,14 +233,31 @@ class Follower:
         own_at = {known.number: own[known.number] for known in region.endpoints.values()}
         sent_s = region.asked_s = world.clock()
         try:
-            patience_s = world.patience_s(region, REGION_RULES)
-            reply = await self._get(region.target, REGION_PATH, patience_s)
+            reply = await self._get_region(region, region.target)
             report = _read(reply, parse_region)
         except Silent as silent:
             if not silent.void:
                 world.region_silent(region, silent.reason, sent_s)
             return
         world.region_answered(region, report, reply.took_s, own_at, sent_s)
+
+    async def _get_region(self, region: Region, target: Target) -> Reply:
+        """Its answer.
+
+        Raises:
+            Silent: there is none in time; that comes sooner where requests are overdue too.
+        """
+        loop, rules = asyncio.get_running_loop(), REGION_RULES
+        asking = loop.create_task(self._get(target, REGION_PATH, rules.probe_timeout_s))
+        after_s = patience_s(rules, way_s=region.rtt.level_s)
+        due_s = loop.time() + after_s
+        try:
+            await asyncio.wait((asking,), timeout=after_s)
+            if not asking.done() and loop.time() < due_s + LATE_S and self._world.overdue(region):
+                raise Silent("no answer in time, as to requests")
+            return await asking
+        finally:
+            asking.cancel()
 
     async def _get(self, target: Target, path: str, timeout_s: float) -> Reply:
         headers = self._signature()

@@ -42,7 +42,7 @@ from nearfield.edge.site import Site, target_of
 from nearfield.edge.status import RegionStatus
 from nearfield.policy.endpoints import Ask, Caller, EndpointState, Health, Refusal
 from nearfield.policy.explain import Explanation, explain
-from nearfield.policy.health import Probed, Rules, Tick, Transition, is_fault, patience_s
+from nearfield.policy.health import Probed, Rules, Tick, Transition, is_fault
 from nearfield.policy.route import Pick, Plan, pick, plan
 
 log = logging.getLogger("nearfield.edge.world")
@@ -421,11 +421,6 @@ class World:
         if region.rtt.urgent:
             self.doubt(region)
 
-    def patience_s(self, region: Region, rules: Rules) -> float:
-        """How long a question to this region is waited for, if it is asked now."""
-        overdue = region.overdue(self.clock() - OVERDUE_S)
-        return patience_s(rules, way_s=region.rtt.level_s, overdue=overdue)
-
     def region_silent(self, region: Region, reason: str, sent_s: float) -> None:
         """It has not."""
         self._probed(self.alive, _failed_probe(region, reason, sent_s))
@@ -501,8 +496,12 @@ class World:
         if self._dirty:
             self.refresh(now_s)
         for region in self.others:  # who keeps requests waiting is asked before its turn
-            if now_s >= region.asked_s + OVERDUE_S and region.overdue(now_s - OVERDUE_S):
+            if now_s >= region.asked_s + OVERDUE_S and self.overdue(region):
                 self.doubt(region)
+
+    def overdue(self, region: Region) -> bool:
+        """Whether it keeps requests waiting that should have been answered, and is silent."""
+        return region.overdue(self.clock() - OVERDUE_S)
 
     def _tick(self, now_s: float) -> None:
         for region in self._regions.values():

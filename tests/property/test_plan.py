@@ -26,7 +26,9 @@ from nearfield.policy.validate import architectures
 CATALOG = read_catalog()
 MODELS = architectures(CATALOG.models)
 KINDS = kinds_of(CATALOG)
-NAMES = ["llama-3.1-8b", "qwen3-30b-a3b", "mixtral-8x7b", "llama-3.1-70b", "deepseek-v3"]
+NAMES = [
+    "llama-3.1-8b", "qwen3-30b-a3b", "mixtral-8x7b", "llama-3.1-70b", "deepseek-v3", "bge-large"
+]  # fmt: skip
 CHOSEN = ["L4", "L40S", "A100-80GB", "H100-80GB", "TPU-v5e", "MI300X", "T4", "EPYC-9654", "WSE-3"]
 MARKET_KINDS = {name: KINDS[name] for name in CHOSEN}
 
@@ -70,7 +72,13 @@ wishes = st.builds(
 )
 
 
+def asked(name: str, work: Workload) -> Workload:
+    """Encoders answer with nothing."""
+    return dataclasses.replace(work, tokens_out=0) if MODELS[name].task == "embed" else work
+
+
 def made(name: str, have: list[Machine], work: Workload, how: Wishes) -> RegionPlan:
+    work = asked(name, work)
     (found,) = plan(MODELS[name], {"r": work}, Market(MARKET_KINDS, {"r": have}), how)
     return found
 
@@ -141,6 +149,7 @@ def test_the_cheapest_that_can_is_chosen(
     name: str, have: list[Machine], work: Workload, how: Wishes
 ) -> None:
     """Against every replica on every machine, priced one by one."""
+    work = asked(name, work)
     costs = [
         choice.usd_h
         for machine in have

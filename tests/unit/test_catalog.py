@@ -71,7 +71,7 @@ class TestEveryRow:
 
     def test_is_no_better_than_physics(self, row: Accelerator) -> None:
         if row.memory != "SRAM":
-            assert 100 < row.bandwidth_gb_s < 10_000
+            assert (30 if row.family == "cpu" else 100) < row.bandwidth_gb_s < 10_000
         if row.interconnect is not None:
             assert row.interconnect.gb_s < row.bandwidth_gb_s
 

@@ -131,6 +131,31 @@ class TestTheDocument:
         assert found["workload"]["tokens_out"] == 0
         assert found["regions"][0]["choice"]["modelled"]["ttft_p95_ms"] <= 50
 
+    def test_embeddings_run_where_their_engine_does(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (region,) = planned(capsys, "bge-large --rps 500 --input-tokens 256")["regions"]
+        lost = {each["accelerator"]: each["reason"] for each in region["alternatives"]}
+        for name, row in CATALOG.accelerators.items():
+            elsewhere = lost.get(name) == "our embedding engine does not run on it"
+            runs = row.family in ("nvidia", "amd", "cpu") or row.engine == "remote"
+            assert elsewhere != runs, name
+
+    def test_a_few_texts_a_second_are_a_processors(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        found = planned(
+            capsys, "minilm --rps 20 --input-tokens 64 --providers aws --write embed.yaml"
+        )
+        choice = found["regions"][0]["choice"]
+        assert (choice["accelerator"], choice["precision"]) == ("EPYC-9654-8c", "fp32")
+        assert found["model"]["checkpoint_precision"] is None
+        assert found["model_error"]["held_out_by_family"]["cpu"]["figures"] == 0
+        app = yaml.safe_load((tmp_path / "embed.yaml").read_text())["applications"][0]
+        assert "dtype" not in app["args"]  # float32, for which the packed graph is built
+        assert app["deployments"][0]["ray_actor_options"]["num_cpus"] == 7
+        assert main(["check", "embed.yaml"]) == 0
+
     def test_the_error_told_is_that_of_models_like_it(
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -341,6 +366,8 @@ QUANTISED = {"quant_method": "awq", "bits": 4}
         ),
         ("llama-3.1-8b --rps 2 --providers awz", "did you mean aws?"),
         ("llama-3.1-8b --rps 2 --precision fp9", "is none of bf16, fp16, fp8, int8, int4"),
+        ("minilm --rps 2 --input-tokens 9 --precision int8", "--precision: an embedding model is"),
+        ("minilm --rps 2", "--input-tokens 128"),
         ("llama-3.1-8b --rps 2 --context 10", "is shorter than a request of 1250 tokens"),
         ("llama-3.1-8b --rps 2 --context 999999", "more than the 131,072 that llama-3.1-8b"),
         ("llama-3.1-8b --rps 2 --output-tokens 0", "this model generates"),

@@ -33,12 +33,14 @@ class Kind:
     Attributes:
         engine: which of our engines runs on it. rechecked: every figure that decides was.
         native_16: "bf16", or "fp16" where the chip has only that; None: no rate is published.
+        embeds: the precision in which our embedding engine computes on it; None: it does not run.
     """
 
     chip: Chip
     engine: Engine
     native_16: str | None
     rechecked: bool = True
+    embeds: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,12 +228,17 @@ def replicas_of(
     chip = kind.chip
     if kind.engine == "remote":
         return [], "none of our engines runs on it; an endpoint of it is a pool with engine remote"
+    precisions = wishes.precisions
+    if model.task == "embed":
+        if kind.embeds is None:
+            return [], "our embedding engine does not run on it"
+        precisions = (kind.embeds,)
     if kind.native_16 is None:
         return [], "no dense compute rate is published, so the first token cannot be timed"
     found: list[Replica] = []
     reasons: list[tuple[int, str]] = []
     groups = [n for n in (1, 2, 4, 8, 16) if n <= (chips or chip.group) and n <= chip.group]
-    for precision in wishes.precisions:
+    for precision in precisions:
         real = kind.native_16 if precision in ("bf16", "fp16") else precision
         for group in groups or [1]:
             if model.heads % group:
@@ -280,10 +287,11 @@ def _too_slow(setup: Setup, workload: Workload, wishes: Wishes) -> tuple[int, st
     """Which promise it breaks with a single request."""
     alone = load_of(setup, 1, workload.tokens_in, workload.tokens_out)
     times = "" if setup.chips == 1 else f" on {setup.chips}"
+    what = "the first token" if workload.tokens_out else "an answer"
     less = f" with a margin of {wishes.margin:.0%}" if wishes.margin else ""
     if alone.ttft_s > workload.ttft_slo_s / (1.0 + wishes.margin):
         return 60 + setup.chips, (
-            f"the first token takes {alone.ttft_s * 1000:,.0f} ms{times}, with one request alone; "
+            f"{what} takes {alone.ttft_s * 1000:,.0f} ms{times}, with one request alone; "
             f"{workload.ttft_slo_s * 1000:,.0f} are allowed{less}"
         )
     return 60 + setup.chips, (

@@ -29,11 +29,13 @@ from typing import Literal
 
 from nearfield.core.architecture import Architecture
 
-Precision = Literal["bf16", "fp16", "fp8", "int8", "int4"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 """Of the weights. `bf16` and `fp16` are one where a chip has only the other; `int4` weights are
 unpacked and computed with in 16 bits."""
 
-WEIGHT_BYTES: dict[str, float] = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5625}
+WEIGHT_BYTES: dict[str, float] = {
+    "fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5625
+}  # fmt: skip
 """Bytes a parameter; int4 with one 16-bit scale for each 32."""
 
 USABLE = 0.9
@@ -98,6 +100,9 @@ class Chip:
         sixteen = self.rates.get("bf16") or self.rates.get("fp16")
         if precision in ("bf16", "fp16", "int4"):
             return None if sixteen is None else sixteen * self.efficiency.compute_16
+        if precision == "fp32":
+            full = self.rates.get("fp32")
+            return None if full is None else full * self.efficiency.compute_16
         eight = self.rates.get(precision)
         return None if eight is None else eight * self.efficiency.compute_8
 
@@ -121,7 +126,10 @@ class Setup:
         """Of all weights. Embedding and head stay in 16 bits where the rest is quantised."""
         model = self.architecture
         kept = model.lookup + model.head
-        return 2.0 * kept + (model.parameters - kept) * WEIGHT_BYTES[self.precision]
+        return (
+            max(2.0, WEIGHT_BYTES[self.precision]) * kept
+            + (model.parameters - kept) * WEIGHT_BYTES[self.precision]
+        )
 
     def cache_bytes(self, tokens: float) -> float:
         """On one chip, for one sequence. Heads are split over chips, as far as there are any."""

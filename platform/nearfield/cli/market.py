@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from nearfield.core.catalog import PriceFile
+from nearfield.core.catalog import Accelerator, PriceFile
 from nearfield.core.catalog_files import Catalog
 from nearfield.core.errors import BadRequest
 from nearfield.core.problems import did_you_mean
@@ -15,8 +15,12 @@ from nearfield.policy.validate import chip_of, efficiency_of
 ANYWHERE = "anywhere"
 """The region of a plan that names none."""
 
-BIG_CLOUDS = ("aws", "azure", "gcp", "gcp-tpu")
-"""Providers by default: those whose prices say where."""
+BIG_CLOUDS = ("aws", "azure", "gcp")
+"""Providers by default: those whose prices say where. Their files that are called after them with a
+dash, `gcp-tpu`, are theirs too."""
+_EMBEDS_IN_16_BITS = ("nvidia", "amd")
+"""Families on which our embedding engine finds a device of torch's; elsewhere it would take the
+processor, in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +43,13 @@ def kinds_of(catalog: Catalog) -> dict[str, Kind]:
             accelerator.engine,
             native,
             not accelerator.unconfirmed and accelerator.evidence != "not-rechecked",
+            native if accelerator.family in _EMBEDS_IN_16_BITS else _on_processor(accelerator),
         )
     return kinds
+
+
+def _on_processor(accelerator: Accelerator) -> str | None:
+    return "fp32" if accelerator.family == "cpu" and "fp32" in accelerator.dense else None
 
 
 def market_of(catalog: Catalog, wanted: Sequence[Wanted], providers: Sequence[str]) -> Market:
@@ -82,12 +91,10 @@ def providers_of(given: str | None, catalog: Catalog) -> list[str]:
         BadRequest: there are no prices of one.
     """
     if given is None:
-        return [name for name in BIG_CLOUDS if name in catalog.prices]
+        return _with_theirs(BIG_CLOUDS, catalog)
     if given == "all":
         return list(catalog.prices)
     names = [name.strip() for name in given.split(",") if name.strip()]
-    if "gcp" in names and "gcp-tpu" in catalog.prices and "gcp-tpu" not in names:
-        names.append("gcp-tpu")
     for name in names:
         if name not in catalog.prices:
             near = did_you_mean(name, catalog.prices)
@@ -97,7 +104,17 @@ def providers_of(given: str | None, catalog: Catalog) -> list[str]:
                 + f"There are {', '.join(catalog.prices)}, and all; add a file to --catalog",
                 param="providers",
             )
-    return names
+    return _with_theirs(names, catalog)
+
+
+def _with_theirs(names: Sequence[str], catalog: Catalog) -> list[str]:
+    theirs = {
+        each: None
+        for name in names
+        for each in sorted(catalog.prices)
+        if each == name or each.startswith(f"{name}-")
+    }
+    return list(theirs)
 
 
 def wanted_regions(
@@ -143,8 +160,8 @@ def _region(
     }
     provider, slash, place = name.partition("/")
     if slash and provider in catalog.prices:
-        also = (f"{provider}-tpu", place)
-        places = [each for each in ((provider, place), also) if each in clouds]
+        theirs = _with_theirs([provider], catalog)
+        places = [each for each in sorted(clouds) if each[0] in theirs and each[1] == place]
         if not places:
             near = did_you_mean(place, [place for _, place in clouds])
             raise BadRequest(

@@ -78,12 +78,13 @@ class Report:
 def as_json(report: Report) -> dict[str, Any]:
     """The whole plan: one document."""
     size, first = report.size, report.plans[0].workload
+    embeds = size.architecture.task == "embed"  # the engine decides in what it computes
     return {
         "model": {
             "name": size.name,
             "parameters": size.architecture.parameters,
             "active_parameters": size.architecture.active,
-            "checkpoint_precision": size.precision,
+            "checkpoint_precision": None if embeds else size.precision,
             "source": size.source,
             "from": size.told,
         },
@@ -99,7 +100,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "regions": [_region_json(plan) for plan in report.plans],
         "on_premises": _own_json(report),
         "assumed": {
-            "precisions": list(report.wishes.precisions),
+            "precisions": [] if embeds else list(report.wishes.precisions),
             "margin": report.wishes.margin,
             "headroom": report.wishes.headroom,
             "spot": report.wishes.spot,
@@ -220,10 +221,11 @@ def _error_json(told: Summary) -> dict[str, Any]:
 def show(report: Report, *, everything: bool) -> None:
     """For a person."""
     size, first = report.size, report.plans[0].workload
+    checkpoint = "" if size.architecture.task == "embed" else f", checkpoint in {size.precision}"
     click.echo(
         f"{click.style(size.name, bold=True)}: {_count(size.architecture.parameters)} parameters"
         + _active(report)
-        + f", checkpoint in {size.precision} ({size.told})"
+        + f"{checkpoint} ({size.told})"
     )
     click.echo(_asked(report) + "\n")
     rows = [_row(plan, plan.choice) for plan in report.plans if plan.choice is not None]

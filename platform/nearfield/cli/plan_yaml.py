@@ -46,17 +46,22 @@ def config_of(plan: RegionPlan, size: ModelSize, accelerator: Accelerator) -> st
 
 def _head(plan: RegionPlan, choice: Choice, size: ModelSize) -> str:
     load, work, machine = choice.replica.load, plan.workload, choice.machine
+    out = f" and {work.tokens_out} out" if work.tokens_out else ""
+    times = f"answers in {load.ttft_s * 1000:.0f} ms (p95)."
+    if work.tokens_out:
+        times = (
+            f"first token {load.ttft_s * 1000:.0f} ms (p95),\nthen one each "
+            f"{load.tpot_s * 1000:.1f} ms."
+        )
     lines = [
         f"{size.name} in {plan.region}, as `nearfield plan` chose it: {work.rps:g} requests/s of",
-        f"{work.tokens_in} tokens in and {work.tokens_out} out, on {choice.replica.label}",
+        f"{work.tokens_in} tokens in{out}, on {choice.replica.label}",
         f"({machine.name} of {machine.provider} in {machine.place}).",
         "",
-        f"Modelled, for each replica: {load.rps:.3g} requests/s, {load.running} at once; first "
-        f"token {load.ttft_s * 1000:.0f} ms (p95),",
-        f"then one each {load.tpot_s * 1000:.1f} ms. At list prices ${choice.usd_month:,.0f} a "
-        "month.",
+        f"Modelled, for each replica: {load.rps:.3g} requests/s, {load.running} at once; {times}",
+        f"At list prices ${choice.usd_month:,.0f} a month.",
     ]
-    return "\n".join(f"# {line}".rstrip() for line in lines)
+    return "\n".join(f"# {line}".rstrip() for line in "\n".join(lines).splitlines())
 
 
 def _application(

@@ -20,7 +20,7 @@ Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
 Url = Annotated[str, Field(pattern=r"^https?://\S+$")]
 
 Precision = Literal["bf16", "fp16", "fp8", "int8", "int4"]
-Dense = Literal["bf16", "fp16", "fp8", "int8"]
+Dense = Literal["fp32", "bf16", "fp16", "fp8", "int8"]
 Family = Literal["nvidia", "amd", "tpu", "neuron", "gaudi", "ipu", "wafer", "cpu", "apple"]
 
 Evidence = Literal["vendor", "table", "press", "derived", "not-rechecked"]

@@ -195,6 +195,12 @@ def plan(
     size = model_size(model, catalog.models)
     if size.architecture.task == "embed":
         output_tokens = 0
+        if precision is not None:
+            raise BadRequest(
+                "--precision: an embedding model is computed in 16 bits on GPUs and in 32 on "
+                "processors: leave it out",
+                param="precision",
+            )
     elif output_tokens == 0:
         raise BadRequest(
             "--output-tokens 0: this model generates, so it is at least 1", param="output_tokens"

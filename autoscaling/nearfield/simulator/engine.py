@@ -254,12 +254,15 @@ class Batch:
         if self.prefilling:
             self._token_s = timing.token_s + step_s / timing.chunk
             step_s += timing.chunk * timing.token_s
-            head = self._head
-            next_s = self._at_s + head * self._token_s if head > DONE else self._at_s
+            next_s = self._at_s + max(0.0, self._head) * self._token_s
+            if next_s <= self._at_s:  # less than the clock can tell
+                self._head = 0.0
         self._step_s = step_s
         if decoding:
-            left = decoding[0][0] - self.progress
-            done_s = self._at_s + left * step_s if left > DONE else self._at_s
+            first = decoding[0][0]
+            done_s = self._at_s + max(0.0, first - self.progress) * step_s
+            if done_s <= self._at_s:
+                self.progress = max(self.progress, first)
             if done_s < next_s:
                 next_s = done_s
         self.next_s = next_s

@@ -31,6 +31,7 @@ from nearfield.policy import health
 from nearfield.policy.endpoints import Refusal
 from nearfield.policy.limit import WINDOW_S, Limit, Window, comparable_s
 from nearfield.policy.route import alternatives, pick
+from nearfield.simulator.arrivals import Tick
 from nearfield.simulator.books import InvariantError
 from nearfield.simulator.fleet import Pool, Replica
 from nearfield.simulator.world import CONNECT_TIMEOUT_S, Gateway, Source, World, outside
@@ -106,11 +107,12 @@ class Flow:
             computed: not whole numbers.
         cv2, prompt2: of arrivals, and the mean square of prompts' lengths, lately. rate_rps: at
             which requests begin, lately. limit: what a replica is sent at most.
+        seen: requests that gateways believe to be there. done: those that ended in the last tick.
     """
 
     __slots__ = (
-        "cohorts", "cv2", "halves", "inside", "limit", "pool", "prompt2", "prompts", "queue",
-        "queued", "rate_rps",
+        "cohorts", "cv2", "done", "halves", "inside", "limit", "pool", "prompt2", "prompts",
+        "queue", "queued", "rate_rps", "seen",
     )  # fmt: skip
 
     def __init__(self, pool: Pool) -> None:
@@ -125,6 +127,8 @@ class Flow:
         self.prompt2 = pool.prompt**2
         self.rate_rps = 0.0
         self.limit = Limit()
+        self.seen = 0.0
+        self.done = 0
 
     @property
     def load(self) -> int:
@@ -149,6 +153,7 @@ class FluidWorld(World):
         super().__init__(*args, **options)
         self.flows = [Flow(pool) for pool in self.pools]
         self._slow: frozenset[int] = frozenset()
+        self._seen = [list(gateway.own) for gateway in self.gateways]
         self._max_wait_s = {m.model: m.scaling.max_wait_s for m in self.scenario.models}
 
     def run(self, progress: Callable[[float], None] = lambda share: None) -> None:
@@ -162,7 +167,7 @@ class FluidWorld(World):
             self._until(math.nextafter(begun_s, math.inf))
             self.now_s = begun_s
             self._arrivals(begun_s, stop_s)
-            self._until(stop_s)
+            self.now_s = stop_s
             for flow in self.flows:
                 if flow.queued or flow.inside or flow.rate_rps > 1e-6:
                     self._serve(flow, begun_s, stop_s)
@@ -175,7 +180,9 @@ class FluidWorld(World):
     # ---- on the way -----------------------------------------------------------------------------
 
     def _arrivals(self, begun_s: float, stop_s: float) -> None:
+        """The tick's packets, in order of time, each to where it goes."""
         most = self.scenario.packets
+        turns: list[list[tuple[Packet, Tick]]] = [[] for _ in range(most)]
         for source in self.sources:
             tick = source.stream.tick(stop_s, most)
             count = tick.count
@@ -193,11 +200,41 @@ class FluidWorld(World):
             sent = 0
             for k in range(packets):
                 upto = count * (k + 1) // packets
-                came_s = begun_s + (stop_s - begun_s) * (k + self.draw()) / packets
+                at = (k + self.draw()) / packets
                 prompt, answer = tick.lengths[k % len(tick.lengths)]
+                came_s = begun_s + (stop_s - begun_s) * at
                 packet = Packet(source, gateway, upto - sent, came_s, prompt, answer)
+                turns[min(most - 1, int(at * most))].append((packet, tick))
                 sent = upto
+        for gateway in self.gateways:
+            self._seen[gateway.index][:] = gateway.own
+        passed_s = (stop_s - begun_s) / most
+        for flow in self.flows:
+            flow.seen = float(flow.load)
+        for turn in turns:
+            for packet, tick in turn:
                 self._route(packet, tick.prompt, tick.answer)
+            self._pass(passed_s, stop_s - begun_s)
+
+    def _pass(self, passed_s: float, tick_s: float) -> None:
+        """What gateways believe to be in flight goes on ending while the tick's packets are sent.
+
+        In the books it does so at the tick's end only: else a tick that is longer than a request
+        takes would look like an overload.
+        """
+        for flow in self.flows:
+            if flow.seen <= 0.0:
+                continue
+            if flow.queued > flow.prompts + flow.answers:  # it ends as fast as it can, no faster
+                ended = flow.done * passed_s / tick_s
+                keep = max(0.0, 1.0 - ended / flow.seen)
+            else:
+                keep = math.exp(-passed_s / max(1e-9, flow.pool.hold_s))
+            flow.seen *= keep
+            number = flow.pool.number
+            for seen in self._seen:
+                if seen[number]:
+                    seen[number] = int(seen[number] * keep + 0.5)
 
     def _route(self, packet: Packet, prompt: float, answer: float) -> None:
         """`prompt`, `answer`: the mean of the requests that come with it."""
@@ -206,7 +243,7 @@ class FluidWorld(World):
         assert plan is not None
         found = pick(
             plan,
-            gateway.own,
+            self._seen[gateway.index],
             self.draw(),
             criticality=source.criticality,
             allowed_s=source.timeout_s,
@@ -237,7 +274,7 @@ class FluidWorld(World):
         most = pool.timing.slots + pool.timing.max_queued
         if pool.ready:
             most = min(most, flow.limit.room(source.criticality))
-        room = max(1, pool.ready) * most - flow.load
+        room = int(max(1, pool.ready) * most - flow.seen)
         if room <= 0:
             pool.late += packet.count
             return packet
@@ -252,6 +289,8 @@ class FluidWorld(World):
         count = packet.count
         packet.rtt_s = gateway.rtts_s[pool.number] + source.way_s
         gateway.own[pool.number] += count
+        self._seen[gateway.index][pool.number] += count
+        flow.seen += count
         flow.queue.append(packet)
         flow.queued += count
         pool.load += count
@@ -272,7 +311,7 @@ class FluidWorld(World):
                 self.poll(gateway)
             plan = gateway.plans[packet.source.callers]
             assert plan is not None
-            for candidate in alternatives(plan, gateway.own, tried=(tried,)):
+            for candidate in alternatives(plan, self._seen[gateway.index], tried=(tried,)):
                 if left is None:
                     return
                 left = self._send(left, self.flows[candidate.state.number], prompt, answer)
@@ -323,7 +362,7 @@ class FluidWorld(World):
             self._begin(flow, begins, begun_s, tick_s, backlog, prefill_s, step_s, speed)
         pool.waiting = flow.queued
         pool.queue_age_s = stop_s - flow.queue[0].came_s if flow.queue else 0.0
-        ends = int(flow.inside - prompts - sum(answers) + 0.5)
+        flow.done = ends = int(flow.inside - prompts - sum(answers) + 0.5)
         if ends > 0:
             self._end(flow, min(ends, flow.inside), stop_s)
 
@@ -431,7 +470,7 @@ class FluidWorld(World):
                 rest.lag_s, rest.rtt_s = packet.lag_s, packet.rtt_s
                 packet.count = count
                 flow.queue[0] = rest
-        peak = math.ceil(flow.load / working)
+        peak = math.ceil(max(flow.seen, flow.prompts + flow.answers) / working)
         flow.queued -= begins
         flow.inside += begins
         window = Window(_median(took), peak)
@@ -493,7 +532,7 @@ class FluidWorld(World):
         share = 1.0 / (others + 1)
         if replica.drained_s < math.inf:
             had_s = self.now_s - replica.drained_s
-            if had_s < pool.spec.drain_s and had_s >= HOLDS * pool.hold_s * (1 - 1e-9):
+            if had_s < pool.spec.drain_s * (1 - 1e-9):
                 share = 0.0  # it went because it was empty
             else:
                 share *= math.exp(-had_s / max(pool.hold_s, 1e-9))

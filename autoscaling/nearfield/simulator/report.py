@@ -396,7 +396,8 @@ def _figure(plot: Plot, index: int, clock: Clock, marks: Sequence[tuple[float, s
         parts.append(f'<text class="y" x="{LEFT - 8}" y="{y + 4:.1f}">{_number(value)}</text>')
     for at_s in clock.ticks():
         x = clock.x(at_s)
-        parts.append(f'<text class="x" x="{x:.1f}" y="{HEIGHT - 6}">{clock.text(at_s)}</text>')
+        end = " last" if x > WIDTH - RIGHT - 24 else ""
+        parts.append(f'<text class="x{end}" x="{x:.1f}" y="{HEIGHT - 6}">{clock.text(at_s)}</text>')
     for at_s, words in marks:
         x = clock.x(at_s)
         parts.append(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from nearfield.core.spec import Strict
+from nearfield.simulator import scenario as schema
 from nearfield.simulator.scenario import Scenario, read
 
 ROOT = Path(__file__).parents[2]
@@ -95,3 +98,15 @@ def test_two_pools_of_one_name_are_refused_where_they_meet(tmp_path: Path) -> No
     path = tmp_path / "apart.yaml"
     path.write_text(GOOD.replace(line, only + apart))
     assert isinstance(read(path), Scenario)
+
+
+def test_every_key_is_documented() -> None:
+    text = (ROOT / "docs" / "simulate.md").read_text()
+    sections = [
+        found
+        for found in vars(schema).values()
+        if isinstance(found, type) and issubclass(found, Strict) and found is not Strict
+    ]
+    keys = {key for section in sections for key in section.model_fields}
+    assert len(keys) > 80
+    assert sorted(key for key in keys if not re.search(rf"\b{key}\b", text)) == []

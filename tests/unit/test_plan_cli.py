@@ -388,6 +388,32 @@ def test_what_is_wrong_is_named_with_its_remedy(
     assert captured.out == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("llama-3.1-8b", "hf://meta-llama/Llama-3.1-8B"),
+        ("deepseek-r1", "hf://deepseek-ai/DeepSeek-R1"),
+        ("bge-large", "hf://BAAI/bge-large-en-v1.5"),
+        ("hf://meta-llama/Llama-3.1-8B-Instruct", "hf://meta-llama/Llama-3.1-8B-Instruct"),
+        ("Llama-3.1-8B-Instruct", None),
+    ],
+)
+def test_what_is_written_is_the_model_that_was_named(name: str, source: str | None) -> None:
+    """Not another one of the same shape."""
+    assert model_size(name, CATALOG.models).source == source
+
+
+def test_weights_nobody_named_are_not_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("Llama-3.1-8B-Instruct --rps 1 --write chat.yaml") == 2
+    assert "plan for hf://org/model" in capsys.readouterr().err
+    assert not Path("chat.yaml").exists()
+
+
+def test_a_shape_may_have_another_context() -> None:
+    assert model_size("llama-3-8b", CATALOG.models).architecture.context == 8192
+    assert model_size("llama-3.1-8b", CATALOG.models).architecture.context == 131_072
+
+
 def test_a_budget_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     asked = "llama-3.1-8b --rps 20 --max-usd 10 --write chat.yaml"
     assert run(asked) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,9 @@ def model_size(given: str, known: Mapping[str, KnownModel]) -> ModelSize:
     if "://" in given:
         return _from_source(given, known)
     if (name := _known_name(given, known)) is not None:
-        return _from_known(name, known[name])
+        found = _from_known(name, known[name])
+        # `Llama-3.1-8B-Instruct` has the shape of `llama-3.1-8b`, and other weights.
+        return found if name == given.lower() else replace(found, source=None)
     if given.count("/") == 1 and not given.startswith((".", "/")):
         return _from_source(f"hf://{given}", known)
     near = did_you_mean(given.lower(), known)

@@ -31,7 +31,11 @@ def config_of(plan: RegionPlan, size: ModelSize, accelerator: Accelerator) -> st
     if choice is None:
         raise BadRequest(f"--write: there is no plan for {plan.region}", param="write")
     if size.source is None:
-        raise BadRequest("--write: nothing says where the weights are", param="write")
+        raise BadRequest(
+            f"--write: only the shape of {size.name} is known, not where its weights are: plan for "
+            "hf://org/model, its folder, or a model's YAML",
+            param="write",
+        )
     several = len(choice.parts) > 1
     document = {
         "proxy_location": "HeadOnly",

@@ -182,13 +182,33 @@ class PriceFile(Strict):
         return self
 
 
+class SameShape(Strict):
+    """Another model of a shape: where its weights are, and its context where that differs."""
+
+    repository: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    context: int | None = Field(None, ge=1)
+
+
 class KnownModel(Strict):
     """A model's config.json, as far as it decides its size."""
 
     source: Url
     parameters_b: Amount = Field(description="as its publisher states, 1e9")
-    also: list[Name] = Field([], description="other names of models of this shape")
+    also: dict[Name, SameShape] = Field({}, description="other models of this shape")
     config: dict[str, Any] = Field(min_length=1)
+
+    def others(self) -> dict[str, KnownModel]:
+        """The models of `also`, each by itself."""
+        return {
+            name: KnownModel(
+                source=f"https://huggingface.co/{other.repository}/blob/main/config.json",
+                parameters_b=self.parameters_b,
+                config=self.config
+                if other.context is None
+                else {**self.config, "max_position_embeddings": other.context},
+            )
+            for name, other in self.also.items()
+        }
 
 
 class ModelsFile(Strict):

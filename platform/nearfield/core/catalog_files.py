@@ -75,7 +75,7 @@ def read_catalog(others: Sequence[Path] = ()) -> Catalog:
             catalog.prices[prices.prices] = prices
         for models in _files(folder, "models", ModelsFile):
             for name, known in models.known.items():
-                catalog.models.update(dict.fromkeys((name, *known.also), known))
+                catalog.models.update({name: known, **known.others()})
         for published in _files(folder, "published", PublishedFile):
             catalog.figures.extend(published.figures)
             catalog.sources.update(published.sources)

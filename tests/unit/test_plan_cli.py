@@ -409,6 +409,16 @@ def test_weights_nobody_named_are_not_written(capsys: pytest.CaptureFixture[str]
     assert not Path("chat.yaml").exists()
 
 
+def test_a_file_says_what_it_needs_that_nobody_has_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = "llama-3.1-8b --rps 1 --regions us-east"
+    for precision in ("int4", "fp8"):
+        assert run(f"{asked} --precision {precision} --write {precision}.yaml") == 0
+    assert "let `source` name a checkpoint that is" in (tmp_path / "int4.yaml").read_text()
+    assert "does not quantise" not in (tmp_path / "fp8.yaml").read_text()
+
+
 def test_a_shape_may_have_another_context() -> None:
     assert model_size("llama-3-8b", CATALOG.models).architecture.context == 8192
     assert model_size("llama-3.1-8b", CATALOG.models).architecture.context == 131_072

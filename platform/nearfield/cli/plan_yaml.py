@@ -65,6 +65,14 @@ def _head(plan: RegionPlan, choice: Choice, size: ModelSize) -> str:
         f"Modelled, for each replica: {load.rps:.3g} requests/s, {load.running} at once; {times}",
         f"At list prices ${choice.usd_month:,.0f} a month.",
     ]
+    precision = choice.replica.setup.precision
+    made_elsewhere = precision in ("int8", "int4")  # fp8 vLLM makes itself, when it loads
+    if choice.replica.kind.engine == "vllm" and made_elsewhere and precision != size.precision:
+        lines += [
+            "",
+            f"vLLM does not quantise to {precision} itself: let `source` name a checkpoint that is,",
+            f"and `quantization` how ({_QUANTISED[precision]} is a guess).",
+        ]
     return "\n".join(f"# {line}".rstrip() for line in "\n".join(lines).splitlines())
 
 

@@ -70,8 +70,8 @@ def _head(plan: RegionPlan, choice: Choice, size: ModelSize) -> str:
     if choice.replica.kind.engine == "vllm" and made_elsewhere and precision != size.precision:
         lines += [
             "",
-            f"vLLM does not quantise to {precision} itself: let `source` name a checkpoint that is,",
-            f"and `quantization` how ({_QUANTISED[precision]} is a guess).",
+            f"vLLM does not quantise to {precision} itself: let `source` name a checkpoint that is",
+            f"quantised, and `quantization` how ({_QUANTISED[precision]} is a guess).",
         ]
     return "\n".join(f"# {line}".rstrip() for line in "\n".join(lines).splitlines())
 

@@ -32,6 +32,8 @@ HALF_DONE = 0.5
 """Share of its work that a running request still needs, on average: as a gateway counts it."""
 NOTICED_S = 30.0
 """Time after which a gateway has seen half of a change of a replica's speed."""
+SPEEDS_S = 1.0
+"""How often a gateway reckons the speed of replicas anew."""
 WATCH_S = 1.0
 DETOURS = 4
 """Replicas tried in place of one that has reached its limit."""
@@ -72,12 +74,15 @@ class Lane:
         own, work: requests and their tokens, by replica number.
         places: the replicas that may have requests, as the policy reads them; at_s: as of when;
             touched: a request has come or gone since.
+        speeds: tokens of a request, places in a batch, tokens a second of a full replica and of one
+            request alone, as of speeds_s.
         pending: requests that found no replica.
         beliefs: about the replicas, where one of them is not as it should be.
     """
 
     __slots__ = (
-        "at_s", "beliefs", "by_number", "own", "pending", "places", "pool", "touched", "work",
+        "at_s", "beliefs", "by_number", "own", "pending", "places", "pool", "speeds", "speeds_s",
+        "touched", "work",
     )  # fmt: skip
 
     def __init__(self, pool: Pool) -> None:
@@ -88,6 +93,8 @@ class Lane:
         self.by_number: dict[int, EventReplica] = {}
         self.at_s = -math.inf
         self.touched = True
+        self.speeds_s = -math.inf
+        self.speeds = (0.0, 0, 0.0, 0.0)
         self.pending: deque[Request] = deque()
         self.beliefs: health.Group | None = None
 
@@ -409,10 +416,9 @@ class EventWorld(World):
             self._uncount(request).late += 1
             self._fail(request, "expired", "")
         timing = pool.timing
-        tokens = pool.prompt + pool.answer
-        rows = int(timing.rows(pool.prompt, pool.answer))
-        full = timing.full_rps(pool.prompt, pool.answer) * tokens
-        alone = min(full, tokens / max(1e-9, timing.alone_s(pool.prompt, pool.answer)))
+        if now_s - lane.speeds_s >= SPEEDS_S:
+            lane.speeds_s, lane.speeds = now_s, _speeds(pool)
+        tokens, rows, full, alone = lane.speeds
         kv_total = timing.kv_tokens or 0
         beliefs = lane.beliefs
         own, work = lane.own, lane.work
@@ -617,3 +623,12 @@ class EventWorld(World):
                 )
         if sum(pool.load for pool in self.pools) != self.in_flight:
             raise InvariantError("requests in flight are at no endpoint, or at two")
+
+
+def _speeds(pool: Pool) -> tuple[float, int, float, float]:
+    """What a gateway has learnt of a pool's replicas: see `Lane.speeds`."""
+    timing, prompt, answer = pool.timing, pool.prompt, pool.answer
+    tokens = prompt + answer
+    full = timing.full_rps(prompt, answer) * tokens
+    alone = min(full, tokens / max(1e-9, timing.alone_s(prompt, answer)))
+    return tokens, int(timing.rows(prompt, answer)), full, alone

@@ -13,6 +13,7 @@ import yaml
 from nearfield.cli.main import main
 from nearfield.cli.market import wanted_regions
 from nearfield.cli.model_sizes import model_size
+from nearfield.core import catalog_files
 from nearfield.core.catalog_files import read_catalog
 from nearfield.core.errors import BadRequest
 
@@ -24,6 +25,10 @@ CONFIG = CATALOG.models["llama-3.1-8b"].config
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEARFIELD_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
+    # Read once for all of these tests; a folder of one's own is read in each.
+    monkeypatch.setattr(
+        catalog_files, "read_catalog", lambda own=(): read_catalog(own) if own else CATALOG
+    )
 
 
 def run(line: str) -> int:

@@ -96,17 +96,12 @@ def _static(name: str) -> str:
 def _plots(result: Plain) -> list[Plot]:
     windows = result["windows"]
     several = len(result["models"]) > 1
-    by_origin: dict[str, list[Values]] = {}
+    by = "origin" if len({stream["origin"] for stream in windows["offered"]}) > 1 else "traffic"
+    streams: dict[str, list[Values]] = {}
     for stream in windows["offered"]:
-        by_origin.setdefault(stream["origin"], []).append(stream["rps"])
-    plots = [
-        Plot(
-            "Offered load, by where it comes from",
-            "requests/s",
-            _most(_sums(by_origin)),
-            stacked=True,
-        )
-    ]
+        streams.setdefault(stream[by], []).append(stream["rps"])
+    title = f"Offered load, by {'where it comes from' if by == 'origin' else 'traffic'}"
+    plots = [Plot(title, "requests/s", _most(_sums(streams)), stacked=True)]
     by_pool: dict[str, list[Values]] = {}
     starting: list[Values] = []
     for pool in windows["replicas"]:

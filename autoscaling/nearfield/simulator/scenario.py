@@ -284,6 +284,9 @@ class Traffic(Strict):
     mode: Literal["nearest", "economy"] = "nearest"
     criticality: Literal["critical", "default", "sheddable"] = "default"
     timeout_s: Positive = 120.0
+    draws: str | None = Field(
+        None, description="traffic with the same word here draws the same; absent: its name"
+    )
 
     @model_validator(mode="before")
     @classmethod

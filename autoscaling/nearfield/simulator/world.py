@@ -30,8 +30,9 @@ from nearfield.policy.endpoints import (
 )
 from nearfield.policy.route import Plan, plan
 from nearfield.policy.serve_semantics import ServeOptions, ServeState, serve_target
+from nearfield.simulator import arrivals
 from nearfield.simulator import scenario as s
-from nearfield.simulator.arrivals import Stream, draws, stream
+from nearfield.simulator.arrivals import Stream, stream
 from nearfield.simulator.books import Change, InvariantError, Sample, Tally
 from nearfield.simulator.engine import Timing
 from nearfield.simulator.fleet import Pool, Replica, usd
@@ -217,7 +218,7 @@ class World:
                     spec,
                     endpoint,
                     timings[spec.engine],
-                    draws(spec.boot, folder),
+                    arrivals.draws(spec.boot, folder),
                     number=len(pools),
                     region=index,
                     lengths=lengths[spec.model],
@@ -275,6 +276,7 @@ class World:
             callers = (Ask(traffic.model), caller)
             if callers not in self._callers:
                 self._callers.append(callers)
+            draws = traffic.draws or traffic.traffic
             for place in traffic.origin or list(self._by_region):
                 nearest = [
                     (0.0 if gateway.name == place else table[place, gateway.name], gateway)
@@ -296,7 +298,9 @@ class World:
                         stream(
                             traffic,
                             folder,
-                            random.Random(f"{self.seed} {traffic.traffic} {place}"),
+                            random.Random(
+                                f"{self.seed} {traffic.draws or traffic.traffic} {place}"
+                            ),
                             start_s=scenario.start_s,
                             utc_offset_h=offsets[place],
                         ),

@@ -167,7 +167,7 @@ def test_who_is_sent_abroad_is_the_same_in_both(tick_s: float) -> None:
     longer than a request takes, gateways must not believe in an overload that is none."""
     answer = {"kind": "lognormal", "p50": 20, "p95": 60}
     one = scenario(replicas=4, seconds=300, arrivals={"kind": "poisson", "rate_rps": 48})
-    plain = one.model_dump(exclude_none=True, exclude_defaults=True)
+    plain = one.model_dump(exclude_none=True)
     plain["tick_s"] = tick_s
     plain["regions"] = [
         {"region": "eu", "jurisdiction": "eu", "rtt_ms": {"us": 80.0}},

@@ -298,9 +298,7 @@ class World:
                         stream(
                             traffic,
                             folder,
-                            random.Random(
-                                f"{self.seed} {traffic.draws or traffic.traffic} {place}"
-                            ),
+                            random.Random(f"{self.seed} {draws} {place}"),
                             start_s=scenario.start_s,
                             utc_offset_h=offsets[place],
                         ),

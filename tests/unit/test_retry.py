@@ -14,7 +14,6 @@ from nearfield.policy.retry import (
     Quantile,
     hedge_after_s,
     hedge_budget,
-    may_repeat,
     may_replay,
 )
 
@@ -103,16 +102,6 @@ def test_hedges_are_a_twentieth_and_none_of_a_trickle() -> None:
         budget, answer = budget.take(1.0, 400, in_flight=1, extra_in_flight=0)
         granted += answer == "now"
     assert granted == 20
-
-
-@pytest.mark.parametrize(
-    ("fault", "runs", "replicas", "may"),
-    [(True, 1, 1, True), (True, 2, 2, False), (True, 2, 3, True), (False, 1, 2, False)],
-)
-def test_a_region_that_failed_is_asked_for_a_replica_that_has_not(
-    fault: bool, runs: int, replicas: int, may: bool
-) -> None:
-    assert may_repeat(fault=fault, runs=runs, replicas=replicas) is may
 
 
 @pytest.mark.parametrize("spread", [0.1, 0.5, 1.0])

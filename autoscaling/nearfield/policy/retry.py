@@ -123,20 +123,6 @@ def _obstacle(
     return None
 
 
-def may_repeat(*, fault: bool, runs: int, replicas: int) -> bool:
-    """Whether a region that failed a request may be asked again, for another replica of its own.
-
-    The only one gets it once more: the fault may have been the moment's.
-    A region's gateway runs what another one sent it once: who sent it has the budget, and asks
-    again within it, naming the replicas that are to be avoided. So two budgets never multiply.
-
-    Args:
-        fault: of the replica's own (`health.is_fault`), and not of a full queue.
-        runs: so far in that region. replicas: that it sends to.
-    """
-    return fault and runs < max(2, replicas)
-
-
 @dataclass(frozen=True, slots=True)
 class Budget:
     """Extra requests, as a share of the requests themselves, over a sliding window.

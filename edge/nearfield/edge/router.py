@@ -5,7 +5,7 @@
 
 A request that a gateway has sent here is served at home or not at all: it never goes on to a third
 region. A try that failed is followed by one elsewhere: another replica, then another endpoint, and
-once in its life another region; last, another replica of a region that failed it.
+once in its life another region; last, again a region that failed it, for another of its replicas.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ from nearfield.edge.proxy.ports import (
     Target,
 )
 from nearfield.edge.world import World
-from nearfield.policy.endpoints import Ask, Caller, EndpointState, Refusal
+from nearfield.policy.endpoints import Ask, Caller, Refusal
 from nearfield.policy.explain import explain, summary
 from nearfield.policy.health import is_fault
 from nearfield.policy.quarantine import Fate, departure
 from nearfield.policy.rank import Place, choose
-from nearfield.policy.retry import MOST_CROSSINGS, may_repeat
+from nearfield.policy.retry import MOST_CROSSINGS
 from nearfield.policy.route import Pick, Plan, alternatives, pick
 
 MOST_PLANS = 4096
@@ -376,7 +376,7 @@ class WorldRouter:
         return self._another(planned, case) or self._give_up(planned, case)
 
     def _another(self, planned: _Planned, case: _Case) -> Way | None:
-        """Somebody who has not had it, or whose region has others."""
+        """Somebody who has not had it, or whose region may have it again."""
         tried = {attempt.leg.target for attempt in case.attempts}
         for found in self._elsewhere(planned.plan, case):
             way = self._way(planned, found, case, tried)
@@ -432,7 +432,7 @@ class WorldRouter:
                 found = Pick(candidate, "spilled", row.wait_s(own[state.number]), 0.0, plan)
                 if region not in exhausted:
                     yield found
-                elif _has_others(case, state):
+                elif _may_repeat(case, region):
                     repeated.append(found)
                 continue
             if region in exhausted:
@@ -642,7 +642,7 @@ class WorldRouter:
         """A leg to that endpoint, by a target that has not been tried; None if there is none."""
         known = self.world.known(found.candidate.state.number)
         if not isinstance(known, HomeEndpoint):
-            if known.target in tried and not _has_others(case, known.state):
+            if known.target in tried and not _may_repeat(case, known.endpoint.region):
                 return None
             return self._to_region(planned, found, case, known)
         places = known.places
@@ -810,19 +810,19 @@ def _over(case: _Case) -> bool:
     return all(each.ended_s is not None or each.failure is not None for each in case.attempts)
 
 
-def _has_others(case: _Case, state: EndpointState) -> bool:
-    """Whether a region that failed a request has a replica for it that has not had it.
+def _may_repeat(case: _Case, region: str) -> bool:
+    """Whether another region that failed a request may be asked again.
 
-    One whose only replica died starts it again: whoever has nowhere else to go waits for that one.
+    Its gateway runs once what this one sends it: the budget is here. A fault may be one replica's,
+    or the moment's. A region whose only replica died starts another, which is waited for.
     """
-    runs = [each for each in case.attempts if _is_at(each, state.endpoint.region)]
+    runs = [each for each in case.attempts if _is_at(each, region)]
     if len(runs) == 1 and runs[0].code == _REPLICA_LOST:
         return True
-    fault = all(
+    return all(
         each.failure == "status" and is_fault(each.status, retry_after=each.retry_after)
         for each in runs
     )
-    return may_repeat(fault=fault, runs=len(runs), replicas=state.replicas)
 
 
 def _avoiding(places: tuple[Place, ...], known: HomeEndpoint, names: bytes) -> tuple[Place, ...]:

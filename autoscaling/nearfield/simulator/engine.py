@@ -25,9 +25,9 @@ from nearfield.policy.admission import admit
 from nearfield.simulator import scenario as s
 
 if TYPE_CHECKING:
-    from nearfield.simulator.events import EventReplica
     from nearfield.simulator.fleet import Pool
-    from nearfield.simulator.world import Gateway, Source
+    from nearfield.simulator.lane import EventReplica
+    from nearfield.simulator.parts import Gateway, Source
 
 DONE = 1e-6
 """Tokens that are none: what is left of rounding."""

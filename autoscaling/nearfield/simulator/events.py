@@ -18,13 +18,15 @@ from typing import Any
 
 from nearfield.policy import health, limit
 from nearfield.policy.endpoints import Health, Refusal
-from nearfield.policy.rank import Place, ReplicaState, choose, places
+from nearfield.policy.rank import ReplicaState, choose, places
 from nearfield.policy.retry import Cause, History, may_replay
 from nearfield.policy.route import alternatives, pick
 from nearfield.simulator.books import InvariantError
-from nearfield.simulator.engine import Batch, Request
+from nearfield.simulator.engine import Request
 from nearfield.simulator.fleet import Pool, Replica
-from nearfield.simulator.world import CONNECT_TIMEOUT_S, Gateway, Source, World, outside
+from nearfield.simulator.lane import EventReplica, Lane, speeds
+from nearfield.simulator.parts import Gateway, Source, outside
+from nearfield.simulator.world import CONNECT_TIMEOUT_S, World
 
 READ_S = 0.25
 """Age of what a gateway knows of the replicas at home, at most."""
@@ -39,64 +41,6 @@ DETOURS = 4
 """Replicas tried in place of one that has reached its limit."""
 AHEAD = 20_000
 """Requests that are drawn ahead, about: few enough to hold, many enough to be quick."""
-
-
-class EventReplica(Replica):
-    """A replica with a batch.
-
-    Attributes:
-        armed_s: of the earliest event that is due for it; infinite: none.
-        answered: requests since it was last looked at. limit: what its gateway sends it at most;
-            rooms: likewise, by criticality; times_s, window_s, peak: what that is learnt from.
-    """
-
-    __slots__ = (
-        "answered", "armed_s", "batch", "lane", "limit", "peak", "rooms", "times_s", "window_s",
-    )  # fmt: skip
-
-    def __init__(self, lane: Lane, number: int, name: str, now_s: float, max_wait_s: float) -> None:
-        super().__init__(lane.pool, number, name, now_s)
-        self.lane = lane
-        self.batch = Batch(lane.pool.timing, max_wait_s)
-        self.armed_s = math.inf
-        self.answered = 0
-        self.limit = limit.Limit()
-        self.rooms = tuple(self.limit.room(criticality) for criticality in range(3))
-        self.times_s: list[float] = []
-        self.window_s = now_s
-        self.peak = 0
-
-
-class Lane:
-    """What a region's gateway knows of one pool's replicas.
-
-    Attributes:
-        own, work: requests and their tokens, by replica number.
-        places: the replicas that may have requests, as the policy reads them; at_s: as of when;
-            touched: a request has come or gone since.
-        speeds: tokens of a request, places in a batch, tokens a second of a full replica and of one
-            request alone, as of speeds_s.
-        pending: requests that found no replica.
-        beliefs: about the replicas, where one of them is not as it should be.
-    """
-
-    __slots__ = (
-        "at_s", "beliefs", "by_number", "own", "pending", "places", "pool", "speeds", "speeds_s",
-        "touched", "work",
-    )  # fmt: skip
-
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-        self.own: list[int] = []
-        self.work: list[float] = []
-        self.places: tuple[Place, ...] = ()
-        self.by_number: dict[int, EventReplica] = {}
-        self.at_s = -math.inf
-        self.touched = True
-        self.speeds_s = -math.inf
-        self.speeds = (0.0, 0, 0.0, 0.0)
-        self.pending: deque[Request] = deque()
-        self.beliefs: health.Group | None = None
 
 
 class EventWorld(World):
@@ -417,7 +361,7 @@ class EventWorld(World):
             self._fail(request, "expired", "")
         timing = pool.timing
         if now_s - lane.speeds_s >= SPEEDS_S:
-            lane.speeds_s, lane.speeds = now_s, _speeds(pool)
+            lane.speeds_s, lane.speeds = now_s, speeds(pool)
         tokens, rows, full, alone = lane.speeds
         kv_total = timing.kv_tokens or 0
         beliefs = lane.beliefs
@@ -623,12 +567,3 @@ class EventWorld(World):
                 )
         if sum(pool.load for pool in self.pools) != self.in_flight:
             raise InvariantError("requests in flight are at no endpoint, or at two")
-
-
-def _speeds(pool: Pool) -> tuple[float, int, float, float]:
-    """What a gateway has learnt of a pool's replicas: see `Lane.speeds`."""
-    timing, prompt, answer = pool.timing, pool.prompt, pool.answer
-    tokens = prompt + answer
-    full = timing.full_rps(prompt, answer) * tokens
-    alone = min(full, tokens / max(1e-9, timing.alone_s(prompt, answer)))
-    return tokens, int(timing.rows(prompt, answer)), full, alone

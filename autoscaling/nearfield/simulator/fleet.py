@@ -167,6 +167,11 @@ class Pool:
         return self.starting + self.ready
 
     @property
+    def initial(self) -> int:
+        """Replicas at the beginning."""
+        return max(self.spec.initial_replicas or 0, self.spec.min_replicas)
+
+    @property
     def kept(self) -> int:
         """Replicas that hold capacity and will not be taken back."""
         return sum(1 for replica in self.replicas.values() if replica.due_s == math.inf)

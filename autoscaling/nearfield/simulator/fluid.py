@@ -12,7 +12,7 @@ as their lengths vary less than exponentially). That knows how much is served an
 a backlog lasts, but not that requests come in clumps. So to every packet a wait is added that is
 drawn from a steady state: for a place, by Sakasegawa ("An approximation formula
 Lq = a.rho^b/(1-rho)", 1977) with Allen and Cunneen's correction for the variance of arrivals and of
-work; for a prompt's turn, see `_turn_s`.
+work; for a prompt's turn, see `flow.turn_s`.
 
 Requests are counted in whole numbers here too: nothing is lost in rounding. `policy.limit` learns
 from a pool as from one replica. `policy.rank` is left out: a pool's replicas share its work evenly.
@@ -29,20 +29,29 @@ from typing import Any
 
 from nearfield.policy import health
 from nearfield.policy.endpoints import Refusal
-from nearfield.policy.limit import WINDOW_S, Limit, Window, comparable_s
+from nearfield.policy.limit import WINDOW_S, Window, comparable_s
 from nearfield.policy.route import alternatives, pick
 from nearfield.simulator.arrivals import Tick
 from nearfield.simulator.books import InvariantError
 from nearfield.simulator.fleet import Pool, Replica
-from nearfield.simulator.world import CONNECT_TIMEOUT_S, Gateway, Source, World, outside
+from nearfield.simulator.flow import (
+    HALVES,
+    MOST_BUSY,
+    Cohort,
+    Flow,
+    Packet,
+    drawn,
+    median,
+    steady,
+    turn_s,
+)
+from nearfield.simulator.parts import Gateway, outside
+from nearfield.simulator.world import CONNECT_TIMEOUT_S, World
 
-MOST_BUSY = 0.97
-"""Largest utilisation a steady state is reckoned for: beyond, the backlog itself is followed."""
 MOST_CV2 = 16.0
 """Largest variance believed in for a wait: clumps of hours are a rate, and no clump."""
 MOST_WINDOWS = 10
 """Of `policy.limit`, learnt from in one tick."""
-HALVES = 2
 HOLDS = 3.0
 """Mean times in service after which a draining replica is empty."""
 SMOOTH = 0.3
@@ -52,98 +61,6 @@ KNOWN, KNOWN_PACKET = 200.0, 0.02
 RATE_S = 30.0
 """Time over which the rate is averaged that a steady state belongs to: shorter peaks are clumps,
 which the formula knows of, and longer ones make a backlog."""
-BALANCED, CLUMPED = 0.7, 0.6
-"""How much a request still meets where many replicas could have it: of prompts that are being
-computed, and of the clump it comes in. Fitted to the events mode."""
-
-
-class Packet:
-    """Requests that are treated alike.
-
-    Attributes:
-        came_s: at the gateway. lag_s: what they have lost before they were sent.
-    """
-
-    __slots__ = ("answer", "came_s", "count", "gateway", "lag_s", "prompt", "rtt_s", "source")
-
-    def __init__(
-        self,
-        source: Source,
-        gateway: Gateway,
-        count: int,
-        came_s: float,
-        prompt: int,
-        answer: int,
-    ) -> None:
-        self.source = source
-        self.gateway = gateway
-        self.count = count
-        self.came_s = came_s
-        self.prompt = prompt
-        self.answer = answer
-        self.lag_s = 0.0
-        self.rtt_s = 0.0
-
-
-class Cohort:
-    """Requests in service, and what their times will be told as."""
-
-    __slots__ = ("count", "packet", "total_s", "ttft_s")
-
-    def __init__(self, packet: Packet, count: int, ttft_s: float, total_s: float) -> None:
-        self.packet = packet
-        self.count = count
-        self.ttft_s = ttft_s
-        self.total_s = total_s
-
-
-class Flow:
-    """What is in one pool.
-
-    Attributes:
-        queue: packets without a place, queued requests in all. cohorts: those in service, the
-            oldest first, inside requests in all.
-        prompts, halves: of those inside, whose prompt or which half of whose answer is being
-            computed: not whole numbers.
-        cv2, prompt2: of arrivals, and the mean square of prompts' lengths, lately. rate_rps: at
-            which requests begin, lately. limit: what a replica is sent at most.
-        seen: requests that gateways believe to be there. done: those that ended in the last tick.
-    """
-
-    __slots__ = (
-        "cohorts", "cv2", "done", "halves", "inside", "limit", "pool", "prompt2", "prompts",
-        "queue", "queued", "rate_rps", "seen",
-    )  # fmt: skip
-
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-        self.queue: deque[Packet] = deque()
-        self.queued = 0
-        self.cohorts: deque[Cohort] = deque()
-        self.inside = 0
-        self.prompts = 0.0
-        self.halves = [0.0] * HALVES
-        self.cv2 = 1.0
-        self.prompt2 = pool.prompt**2
-        self.rate_rps = 0.0
-        self.limit = Limit()
-        self.seen = 0.0
-        self.done = 0
-
-    @property
-    def load(self) -> int:
-        return self.queued + self.inside
-
-    @property
-    def answers(self) -> float:
-        return sum(self.halves)
-
-    def shrink(self, count: int) -> None:
-        """So many of those inside are gone, from all stages alike."""
-        keep = 1.0 - count / self.inside
-        self.prompts *= keep
-        self.halves = [half * keep for half in self.halves]
-        self.inside -= count
 
 
 class FluidWorld(World):
@@ -426,10 +343,10 @@ class FluidWorld(World):
         rate_rps, cv2 = flow.rate_rps, flow.cv2
         busy = min(MOST_BUSY, rate_rps * prefill_s / working)
         prompt2 = max(flow.prompt2, pool.prompt**2) / max(1.0, pool.prompt) ** 2 - 1.0
-        wait = busy, _turn_s(busy, working, prefill_s, cv2, prompt2) / max(busy, 1e-9)
+        wait = busy, turn_s(busy, working, prefill_s, cv2, prompt2) / max(busy, 1e-9)
         places = max(1, pool.ready) * timing.rows(pool.prompt, pool.answer)
         hold_s = prefill_s + pool.answer * step_s
-        full = _steady(rate_rps * hold_s / places, places, hold_s, (cv2 + 1.0) / 2)
+        full = steady(rate_rps * hold_s / places, places, hold_s, (cv2 + 1.0) / 2)
         max_wait_s = self._max_wait_s[pool.spec.model]
         slow = working / speed
         decoding = flow.answers / working
@@ -444,11 +361,11 @@ class FluidWorld(World):
                 at_s = max(at_s, begun_s + tick_s * (taken + 0.5 * count) / begins)
             waited_s = at_s - packet.came_s + packet.lag_s
             if not backlog:
-                waited_s += _drawn(full, draw)
+                waited_s += drawn(full, draw)
             if waited_s > max_wait_s:
                 pool.late += count
             own_s = slow * timing.prefill_s(packet.prompt, decoding)
-            first_s = before_s + own_s + _drawn(wait, draw)
+            first_s = before_s + own_s + drawn(wait, draw)
             if packet.answer > 0:
                 first_s += step_s
             took.append((comparable_s(waited_s + first_s, packet.prompt), count))
@@ -473,7 +390,7 @@ class FluidWorld(World):
         peak = math.ceil(max(flow.seen, flow.prompts + flow.answers) / working)
         flow.queued -= begins
         flow.inside += begins
-        window = Window(_median(took), peak)
+        window = Window(median(took), peak)
         for _ in range(max(1, min(MOST_WINDOWS, round(tick_s / (2 * WINDOW_S))))):
             flow.limit = flow.limit.learn(window)
         mean_wait_s = wait[0] * wait[1]
@@ -614,44 +531,3 @@ class FluidWorld(World):
                 raise InvariantError(f"{pool.endpoint.name}: requests without a replica")
         if sum(pool.load for pool in self.pools) != self.in_flight:
             raise InvariantError("requests in flight are at no endpoint, or at two")
-
-
-def _median(weighted: list[tuple[float, int]]) -> float:
-    weighted.sort()
-    half = sum(count for _, count in weighted) / 2
-    for value, count in weighted:
-        half -= count
-        if half <= 0:
-            return value
-    return weighted[-1][0]
-
-
-def _turn_s(busy: float, servers: int, service_s: float, cv2: float, work_cv2: float) -> float:
-    """How long a prompt waits for its turn at its replica, in the mean.
-
-    Whoever comes to a replica that computes a prompt waits for the rest of it: that happens in
-    proportion to its utilisation, somewhat less where the choice is wide. The queue behind that is
-    one of all replicas together, since a request goes where there is the least to do. With one
-    server and random arrivals both add up to the formula of Pollaczek and Khinchine.
-    """
-    balance = BALANCED + (1.0 - BALANCED) / servers
-    rest = busy * balance * (1.0 + work_cv2) / 2
-    rest += CLUMPED * max(0.0, cv2 - 1.0) * busy / math.sqrt(servers)
-    queue = busy ** math.sqrt(2.0 * (servers + 1.0)) / (servers * (1.0 - busy))
-    return float(service_s * (rest + queue * (cv2 + work_cv2) / 2))
-
-
-def _steady(busy: float, servers: float, service_s: float, spread: float) -> tuple[float, float]:
-    """(share of requests that wait, how long those do in the mean, seconds).
-
-    Args:
-        busy: utilisation. spread: mean of the squared variations of gaps and of service.
-    """
-    busy = min(busy, MOST_BUSY)
-    share = float(busy ** (math.sqrt(2.0 * (servers + 1.0)) - 1.0)) if busy > 0.0 else 0.0
-    return share, max(0.0, spread) * service_s / (servers * (1.0 - busy))
-
-
-def _drawn(steady: tuple[float, float], draw: Callable[[], float]) -> float:
-    share, mean_s = steady
-    return -math.log(1.0 - draw()) * mean_s if share > 1e-4 and draw() < share else 0.0

@@ -2,9 +2,8 @@
 
 What decides is production's: `policy.route` plans and picks, `policy.health` says who is alive,
 `policy.scale` says how many replicas there should be, and Ray Serve's own rules around it are
-`policy.serve_semantics`. What a gateway knows is as old here as it is
-there: a poll a second, and what it has sent itself. How requests are computed is the modes' part:
-`events` and `fluid`.
+`policy.serve_semantics`. What a gateway knows is as old here as it is there: a poll a second, and
+what it has sent itself. How requests are computed is the modes' part: `events` and `fluid`.
 
 Assumed, as everywhere else in nearfield's simulations: a request reaches its region the moment it
 is sent, and its round trip is added to what the client waits.
@@ -15,127 +14,36 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
 from nearfield.policy import health, scale
-from nearfield.policy.endpoints import (
-    CRITICALITIES,
-    Ask,
-    Caller,
-    Endpoint,
-    EndpointState,
-)
-from nearfield.policy.route import Plan, plan
+from nearfield.policy.endpoints import EndpointState
+from nearfield.policy.route import plan
 from nearfield.policy.serve_semantics import ServeOptions, ServeState, serve_target
-from nearfield.simulator import arrivals
 from nearfield.simulator import scenario as s
-from nearfield.simulator.arrivals import Stream, stream
-from nearfield.simulator.books import Change, InvariantError, Sample, Tally
-from nearfield.simulator.engine import Timing
+from nearfield.simulator.books import Change, InvariantError, Sample
 from nearfield.simulator.fleet import Pool, Replica, usd
+from nearfield.simulator.parts import (
+    NEVER,
+    Gateway,
+    Region,
+    Scaler,
+    Step,
+    make_gateways,
+    make_regions,
+    make_scalers,
+    make_sources,
+)
 from nearfield.simulator.traces import distances, spot_changes
-
-Step = Callable[[scale.Signals, scale.State, scale.ScalingSpec], tuple[scale.Decision, scale.State]]
-"""`policy.scale.step`, or a baseline of the same shape."""
 
 POLL_S = (0.8, 1.2)
 """A gateway's polls, spread as `policy.health` spreads its probes."""
 CONNECT_TIMEOUT_S = 1.0
 """How long a region that is silent keeps a request before it is sent elsewhere. Assumed."""
-NEVER = -math.inf
 WINDOWS = 240
 """Of a report, where the scenario does not say how long they are."""
-
-
-class Gateway:
-    """What one gateway knows.
-
-    Attributes:
-        own: its requests in flight, by pool number. rtts_s: likewise.
-        plans: by class of callers; used: classes that come here. due_s: when it polls next.
-        beliefs: about the regions.
-    """
-
-    __slots__ = (
-        "alive", "beliefs", "due_s", "index", "name", "own", "plans", "region", "rtts_s", "used",
-    )  # fmt: skip
-
-    def __init__(self, name: str, index: int, region: int | None, rtts_s: list[float]) -> None:
-        self.name = name
-        self.index = index
-        self.region = region
-        self.rtts_s = rtts_s
-        self.own = [0] * len(rtts_s)
-        self.plans: list[Plan | None] = []
-        self.used: set[int] = set()
-        self.due_s = 0.0
-        self.beliefs = health.Group()
-        self.alive = True
-
-
-@dataclass(slots=True, eq=False)
-class Source:
-    """One class of callers at one place.
-
-    Attributes:
-        callers: position of its plan. gateway: the nearest that is alive, None: there is none;
-            way_s: to it.
-    """
-
-    name: str
-    place: str
-    model: str
-    stream: Stream
-    callers: int
-    criticality: int
-    timeout_s: float
-    allowed: frozenset[str] | None
-    tally: Tally
-    nearest: list[tuple[float, Gateway]]
-    gateway: Gateway | None = None
-    way_s: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class Region:
-    name: str
-    jurisdiction: str
-    pools: list[Pool] = field(default_factory=list)
-    alive: bool = True
-    lost_s: float = NEVER
-
-
-@dataclass(slots=True, eq=False)
-class Scaler:
-    """The scaling of one model in one region."""
-
-    region: Region
-    model: str
-    pools: list[Pool]
-    spec: scale.ScalingSpec
-    step: Step
-    interval_s: float
-    state: scale.State = field(default_factory=scale.State)
-    serve: dict[int, ServeState] = field(default_factory=dict)
-    decisions: int = 0
-
-
-def static(initial: dict[str, int]) -> Step:
-    """A baseline: always as many as at the beginning."""
-
-    def step(
-        signals: scale.Signals, state: scale.State, spec: scale.ScalingSpec
-    ) -> tuple[scale.Decision, scale.State]:
-        targets = tuple(
-            scale.PoolTarget(pool.name, initial[pool.name], (), f"static: {initial[pool.name]}")
-            for pool in spec.pools
-        )
-        return scale.Decision(targets, "static"), replace(state, now_s=signals.now_s)
-
-    return step
 
 
 class World:
@@ -178,166 +86,23 @@ class World:
         self._lives = random.Random(f"{self.seed} lives")
         self.draw = self._rng.random
         table = distances(scenario, folder)
-        self.regions = [Region(r.region, r.jurisdiction) for r in scenario.regions]
+        self.regions = make_regions(scenario, folder)
         self._by_region = {region.name: region for region in self.regions}
-        self.pools = self._make_pools(folder)
+        self.pools = [pool for region in self.regions for pool in region.pools]
         self.samples: list[list[Sample]] = [[] for _ in self.pools]
         self._sampled: list[tuple[float, float, float]] = [(0.0, 0.0, 0.0)] * len(self.pools)
-        self.gateways = self._make_gateways(table)
-        self._callers: list[tuple[Ask, Caller]] = []
-        self.sources = self._make_sources(folder, table)
-        for gateway in self.gateways:
-            gateway.plans = [None] * len(self._callers)
-        for source in self.sources:
-            _attach(source)
-        self.scalers = self._make_scalers(step)
+        self.gateways = make_gateways(scenario, self.regions, table)
+        self.sources, self._callers = make_sources(
+            scenario,
+            folder,
+            self.regions,
+            self.gateways,
+            table,
+            seed=self.seed,
+            window_s=self.window_s,
+        )
+        self.scalers = make_scalers(scenario, self.regions, step)
         self._folder = folder
-
-    # ---- making it ------------------------------------------------------------------------------
-
-    def _make_pools(self, folder: Path) -> list[Pool]:
-        scenario = self.scenario
-        timings = {engine.engine: Timing.of(engine) for engine in scenario.engines}
-        lengths = {model.model: self._lengths(model.model, folder) for model in scenario.models}
-        pools: list[Pool] = []
-        for index, region in enumerate(self.regions):
-            for spec in scenario.pools:
-                if spec.regions is not None and region.name not in spec.regions:
-                    continue
-                endpoint = Endpoint(
-                    region.name,
-                    spec.model,
-                    "1",
-                    spec.pool,
-                    region.jurisdiction,
-                    products=None if spec.products is None else frozenset(spec.products),
-                    unit_usd=spec.unit_usd,
-                    handicap_s=spec.handicap_ms / 1000,
-                )
-                pool = Pool(
-                    spec,
-                    endpoint,
-                    timings[spec.engine],
-                    arrivals.draws(spec.boot, folder),
-                    number=len(pools),
-                    region=index,
-                    lengths=lengths[spec.model],
-                )
-                pools.append(pool)
-                region.pools.append(pool)
-        return pools
-
-    def _lengths(self, model: str, folder: Path) -> tuple[float, float]:
-        """Mean tokens of the model's first requests: what an operator would have planned with."""
-        found: list[tuple[int, int]] = []
-        for traffic in self.scenario.traffic:
-            if traffic.model == model:
-                sample = stream(traffic, folder, random.Random(0), start_s=0.0, utc_offset_h=0.0)
-                seconds = 1.0
-                part: list[tuple[int, int]] = []
-                while len(part) < 64 and seconds < 1e7:
-                    part = sample.tick(seconds, 256).lengths or part
-                    seconds *= 4.0
-                found += part
-        if not found:
-            return 1.0, 1.0
-        count = len(found)
-        return sum(pair[0] for pair in found) / count, sum(pair[1] for pair in found) / count
-
-    def _make_gateways(self, table: dict[tuple[str, str], float]) -> list[Gateway]:
-        gateways: list[Gateway] = []
-        places: list[tuple[str, int | None]] = [(r.name, i) for i, r in enumerate(self.regions)]
-        places += [(site.site, None) for site in self.scenario.sites]
-        for name, region in places:
-            rtts_s = [table[name, pool.endpoint.region] for pool in self.pools]
-            gateway = Gateway(name, len(gateways), region, rtts_s)
-            self._fresh(gateway)
-            gateways.append(gateway)
-        return gateways
-
-    def _fresh(self, gateway: Gateway) -> None:
-        """As it is after its start."""
-        gateway.own[:] = [0] * len(gateway.own)
-        gateway.plans = [None] * len(gateway.plans)
-        gateway.due_s = 0.0
-        names = [region.name for region in self.regions]
-        gateway.beliefs = health.with_members(health.Group(), names, self.now_s, start="up")
-
-    def _make_sources(self, folder: Path, table: dict[tuple[str, str], float]) -> list[Source]:
-        scenario = self.scenario
-        offsets = {r.region: r.utc_offset_h for r in scenario.regions}
-        offsets |= {site.site: site.utc_offset_h for site in scenario.sites}
-        slos = {model.model: model.slo for model in scenario.models}
-        sources = []
-        for traffic in scenario.traffic:
-            allowed = None if traffic.jurisdictions is None else frozenset(traffic.jurisdictions)
-            slo = slos[traffic.model]
-            caller = Caller(allowed, traffic.product, traffic.shared, traffic.mode, slo.ttft_s)
-            callers = (Ask(traffic.model), caller)
-            if callers not in self._callers:
-                self._callers.append(callers)
-            draws = traffic.draws or traffic.traffic
-            for place in traffic.origin or list(self._by_region):
-                nearest = [
-                    (0.0 if gateway.name == place else table[place, gateway.name], gateway)
-                    for gateway in self.gateways
-                    if gateway.name == place
-                    or (
-                        gateway.region is not None
-                        and (
-                            allowed is None or self.regions[gateway.region].jurisdiction in allowed
-                        )
-                    )
-                ]
-                nearest.sort(key=lambda way: (way[0], way[1].index))
-                sources.append(
-                    Source(
-                        traffic.traffic,
-                        place,
-                        traffic.model,
-                        stream(
-                            traffic,
-                            folder,
-                            random.Random(f"{self.seed} {draws} {place}"),
-                            start_s=scenario.start_s,
-                            utc_offset_h=offsets[place],
-                        ),
-                        self._callers.index(callers),
-                        CRITICALITIES.index(traffic.criticality),
-                        traffic.timeout_s,
-                        allowed,
-                        Tally(self.window_s, slo.ttft_s, slo.total_s or math.inf),
-                        nearest,
-                    )
-                )
-        return sources
-
-    def _stands_in(self, gateway: Gateway, allowed: frozenset[str] | None) -> bool:
-        """Whether callers may come to it when their own gateway is gone."""
-        if gateway.region is None:
-            return False
-        return allowed is None or self.regions[gateway.region].jurisdiction in allowed
-
-    def _make_scalers(self, step: Step) -> list[Scaler]:
-        scalers = []
-        for region in self.regions:
-            for model in self.scenario.models:
-                pools = [pool for pool in region.pools if pool.spec.model == model.model]
-                if not pools:
-                    continue
-                scaling = model.scaling
-                initial = {pool.spec.pool: _initial(pool) for pool in pools}
-                spec = scale.ScalingSpec(
-                    tuple(pool.scaling_spec() for pool in pools),
-                    max_wait_s=scaling.max_wait_s,
-                    max_late=scaling.max_late,
-                    max_usd_per_hour=scaling.max_usd_per_hour or math.inf,
-                    idle_s=scaling.idle_s,
-                )
-                chosen = static(initial) if scaling.policy == "static" else step
-                interval_s = scaling.interval_s
-                scalers.append(Scaler(region, model.model, pools, spec, chosen, interval_s))
-        return scalers
 
     def begin(self) -> None:
         """The state at time 0, and what is known to happen."""
@@ -349,7 +114,7 @@ class World:
                         pool.capacity = replicas
                     elif at_s < self.end_s:
                         self.at(at_s, self._supply, (pool, replicas))
-            pool.target = _initial(pool)
+            pool.target = pool.initial
             for _ in range(int(min(pool.target, pool.capacity))):  # they run when it begins
                 replica = self._new_replica(pool)
                 self._boot(replica)
@@ -659,7 +424,7 @@ class World:
         gone = self.gateways[index]
         gone.alive = False
         for source in self.sources:
-            _attach(source)
+            source.attach()
         self.cancel(gone)
         gone.own[:] = [0] * len(gone.own)
         for pool in region.pools:
@@ -676,9 +441,9 @@ class World:
         region.alive = True
         back = self.gateways[self.regions.index(region)]
         back.alive = True
-        self._fresh(back)
+        back.restart([each.name for each in self.regions], self.now_s)
         for source in self.sources:
-            _attach(source)
+            source.attach()
         for other in self.regions:
             if not other.alive:
                 self.at(self.now_s + self.draw(), self._probe, (back, other))
@@ -769,25 +534,3 @@ class World:
         for gateway in self.gateways:
             if min(gateway.own, default=0) < 0:
                 raise InvariantError(f"{gateway.name}: a count of requests is below zero")
-
-
-def _attach(source: Source) -> None:
-    """To the nearest gateway that is alive."""
-    source.gateway, source.way_s = None, 0.0
-    for way_s, gateway in source.nearest:
-        if gateway.alive:
-            source.gateway, source.way_s = gateway, way_s
-            gateway.used.add(source.callers)
-            if gateway.plans[source.callers] is None:
-                gateway.due_s = 0.0
-            return
-
-
-def _initial(pool: Pool) -> int:
-    initial = pool.spec.initial_replicas
-    return pool.spec.min_replicas if initial is None else max(initial, pool.spec.min_replicas)
-
-
-def outside(source: Source, pool: Pool) -> bool:
-    """Whether a request would leave its jurisdiction."""
-    return source.allowed is not None and pool.endpoint.jurisdiction not in source.allowed

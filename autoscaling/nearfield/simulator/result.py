@@ -12,7 +12,8 @@ from nearfield.simulator import scenario as s
 from nearfield.simulator.books import Histogram, Tally, merged
 from nearfield.simulator.events import EventWorld
 from nearfield.simulator.fluid import FluidWorld
-from nearfield.simulator.world import Step, World
+from nearfield.simulator.parts import Step
+from nearfield.simulator.world import World
 
 Plain = dict[str, Any]
 

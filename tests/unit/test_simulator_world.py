@@ -1,0 +1,149 @@
+"""What happens to requests when replicas, regions and spot machines go: by production's rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nearfield.simulator.result import Plain, simulate
+from nearfield.simulator.scenario import Scenario
+
+HERE = Path()
+MODES = ["events", "fluid"]
+
+
+def run(mode: str, *, faults: list[dict[str, Any]], seconds: float = 60, **more: Any) -> Plain:
+    """Two regions of two replicas each; callers in both, those of eu bound to it."""
+    pool = {
+        "pool": "p",
+        "model": "m",
+        "engine": "e",
+        "usd_per_hour": 3.6,
+        "max_replicas": 4,
+        "initial_replicas": 2,
+        "boot": 5,
+    }
+    traffic = {
+        "model": "m",
+        "arrivals": {"kind": "poisson", "rate_rps": 6.0},
+        "input_tokens": 300,
+        "output_tokens": 60,
+    }
+    return simulate(
+        Scenario.model_validate(
+            {
+                "simulation": "faults",
+                "duration_s": seconds,
+                "tick_s": 0.5,
+                "regions": [
+                    {"region": "eu", "jurisdiction": "eu", "rtt_ms": {"us": 80}},
+                    {"region": "us", "jurisdiction": "us"},
+                ],
+                "engines": [
+                    {
+                        "engine": "e",
+                        "prefill_tokens_per_s": 8000,
+                        "step_ms": 15,
+                        "step_ms_per_sequence": 0.5,
+                    }
+                ],
+                "models": [{"model": "m", "scaling": {"policy": "static"}}],
+                "pools": [pool | more],
+                "traffic": [
+                    traffic | {"traffic": "bound", "origin": ["eu"], "jurisdictions": ["eu"]},
+                    traffic | {"traffic": "free", "origin": ["us"]},
+                ],
+                "faults": faults,
+            }
+        ),
+        HERE,
+        mode=mode,
+    )
+
+
+def kinds(result: Plain) -> list[str]:
+    return [change["kind"] for change in result["history"]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_replicas_cost_from_launch_to_end(mode: str) -> None:
+    result = run(mode, faults=[])
+    assert result["cost"]["usd"] == pytest.approx(4 * 60 * 3.6 / 3600)
+    assert result["cost"]["replica_seconds"] == pytest.approx(240)
+    assert result["requests"]["late"] == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_dead_replica_had_is_lost_if_begun_and_sent_again_if_not(mode: str) -> None:
+    fault = {"kind": "lose_replicas", "region": "us", "pool": "p", "at_s": 30, "count": 2}
+    result = run(mode, faults=[fault])
+    counts = result["requests"]
+    assert kinds(result).count("lost") == 2
+    assert 0 < counts["lost"] <= 20
+    assert counts["lost"] + counts["refused"] + counts["expired"] < 40
+    free = next(each for each in result["traffic"] if each["traffic"] == "free")
+    assert free["abroad"] > 5, "eu stands in until there are new ones"
+    us = next(pool for pool in result["pools"] if pool["region"] == "us")
+    assert us["launched"] == 4
+    assert us["replica_seconds"]["starting"] == pytest.approx(10, abs=0.01)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_lost_region_keeps_who_is_bound_to_it_inside(mode: str) -> None:
+    fault = {"kind": "lose_region", "region": "eu", "at_s": 20, "lasts_s": 20}
+    result = run(mode, faults=[fault])
+    bound, free = result["traffic"]
+    assert bound["abroad"] == 0
+    assert bound["refused"] + bound["expired"] + bound["lost"] > 60, "for twenty seconds"
+    assert bound["done"] > 100, "before and afterwards"
+    assert free["late"] <= 3
+    assert "region lost" in kinds(result)
+    assert "region back" in kinds(result)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_callers_of_a_lost_region_come_to_the_next_gateway(mode: str) -> None:
+    fault = {"kind": "lose_region", "region": "us", "at_s": 20, "lasts_s": 20}
+    result = run(mode, faults=[fault])
+    free = next(each for each in result["traffic"] if each["traffic"] == "free")
+    assert free["lost"] < 20, "what was in flight"
+    assert free["refused"] < 30, "until eu's gateway has noticed"
+    assert free["done"] > 300
+    noticed = [
+        change
+        for change in result["history"]
+        if change["kind"] == "health" and change["region"] == "eu" and change["subject"] == "us"
+    ]
+    assert noticed[0]["at_s"] < 24
+    assert "down" in noticed[0]["reason"]
+    assert "up" in noticed[-1]["reason"]
+
+
+def test_a_slow_replica_is_found_by_its_peers_and_comes_back() -> None:
+    fault = {
+        "kind": "slow_replicas",
+        "region": "eu",
+        "pool": "p",
+        "at_s": 20,
+        "lasts_s": 40,
+        "factor": 12,
+    }
+    result = run("events", faults=[fault], seconds=120, initial_replicas=3)
+    reasons = [c["reason"] for c in result["history"] if c["kind"] == "health"]
+    assert any("times slower than its peers" in reason for reason in reasons)
+    assert reasons[-1].startswith("up")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_spot_capacity_is_never_exceeded_and_notices_come_first(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    path.write_text("trace_id,t_s,available_instances\nz,0,2\nz,20,1\nz,40,2\n")
+    result = run(mode, faults=[], capacity="spot", spot={"file": str(path), "notice_s": 4}, boot=3)
+    for region in ("eu", "us"):
+        found = [c for c in result["history"] if c["region"] == region]
+        assert [c["kind"] for c in found] == ["notice", "lost"]
+        assert [c["at_s"] for c in found] == [20.0, 24.0]
+    pool = result["pools"][0]
+    assert pool["launched"] == 3
+    assert result["cost"]["usd_by_capacity"]["on_demand"] == 0

@@ -41,6 +41,8 @@ DETOURS = 4
 """Replicas tried in place of one that has reached its limit."""
 AHEAD = 20_000
 """Requests that are drawn ahead, about: few enough to hold, many enough to be quick."""
+LONGEST_S = 60.0
+"""For how long at most: a burst may follow a quiet night."""
 
 
 class EventWorld(World):
@@ -77,7 +79,7 @@ class EventWorld(World):
             self._until(stop_s)
             begun_s = stop_s
             if len(arrivals) * 2 < AHEAD:
-                span_s *= 2
+                span_s = min(LONGEST_S, 2 * span_s)
             elif len(arrivals) > 2 * AHEAD:
                 span_s /= 2
             progress(begun_s / self.end_s)
@@ -112,6 +114,7 @@ class EventWorld(World):
             return
         number = found.candidate.state.number
         if not self._send(request, self.lanes[number]):
+            self.pools[number].arrivals += 1
             self.pools[number].late += 1
             self._elsewhere(request, number)
 

@@ -193,6 +193,7 @@ class FluidWorld(World):
             most = min(most, flow.limit.room(source.criticality))
         room = int(max(1, pool.ready) * most - flow.seen)
         if room <= 0:
+            pool.arrivals += packet.count
             pool.late += packet.count
             return packet
         left: Packet | None = None
@@ -201,6 +202,7 @@ class FluidWorld(World):
                 source, gateway, packet.count - room, packet.came_s, packet.prompt, packet.answer
             )
             left.lag_s = packet.lag_s
+            pool.arrivals += left.count
             pool.late += left.count
             packet.count = room
         count = packet.count

@@ -21,7 +21,7 @@ from nearfield.simulator.scenario import Scenario, Traffic
 from nearfield.simulator.traces import length_table, mixed_table
 
 HERE = Path()
-SECONDS = 40.0
+SECONDS = 30.0
 
 
 def eager(
@@ -154,7 +154,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
     )
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(scenarios())
 def test_nothing_is_lost_and_the_seed_decides_all(scenario: Scenario) -> None:
     """The world checks its invariants after every event, and everything each simulated second."""

@@ -85,7 +85,7 @@ def test_events_are_an_m_m_c_queue_where_they_should_be(servers: int, busy: floa
     step_s, tokens = 1e-5, 1000.0
     hold_s = step_s * tokens
     rate_rps = busy * servers / hold_s
-    seconds = 15_000 / rate_rps
+    seconds = 1000 * (10 + servers) / rate_rps
     engine = {
         "engine": "exp",
         "prefill_tokens_per_s": 1e12,
@@ -113,14 +113,14 @@ def test_events_are_an_m_m_c_queue_where_they_should_be(servers: int, busy: floa
 
 
 CASES = {
-    "few replicas, little load": (3, 1200, {"kind": "poisson", "rate_rps": 5}),
-    "few replicas, much load": (3, 1200, {"kind": "poisson", "rate_rps": 12}),
-    "a dozen, half load": (12, 400, {"kind": "poisson", "rate_rps": 40}),
-    "thirty": (30, 200, {"kind": "poisson", "rate_rps": 100}),
-    "in clumps": (6, 800, {"kind": "gamma", "rate_rps": 18, "cv": 2.5}),
+    "few replicas, little load": (3, 1000, {"kind": "poisson", "rate_rps": 5}),
+    "few replicas, much load": (3, 700, {"kind": "poisson", "rate_rps": 12}),
+    "a dozen, half load": (12, 250, {"kind": "poisson", "rate_rps": 40}),
+    "thirty": (30, 120, {"kind": "poisson", "rate_rps": 100}),
+    "in clumps": (6, 500, {"kind": "gamma", "rate_rps": 18, "cv": 2.5}),
     "bursts": (
         12,
-        900,
+        600,
         {"kind": "burst", "base_rps": 15, "burst_rps": 45, "every_s": 120, "lasts_s": 60},
     ),
 }
@@ -152,13 +152,13 @@ def test_the_modes_agree(name: str) -> None:
 def test_an_overload_is_the_same_in_both() -> None:
     """More than the replicas can do for a while: the backlog, and who is late of it."""
     arrivals = {"kind": "burst", "base_rps": 8, "burst_rps": 60, "every_s": 200, "lasts_s": 60}
-    of = scenario(replicas=6, seconds=1500, arrivals=arrivals)
+    of = scenario(replicas=6, seconds=900, arrivals=arrivals)
     events, fluid = run(EventWorld, of), run(FluidWorld, of)
     late = [each["requests"]["late_fraction"] for each in (events, fluid)]
     done = [each["requests"]["done"] for each in (events, fluid)]
     print(f"\noverload: late {late[0]:.3f} and {late[1]:.3f}, done {done[0]} and {done[1]}")
     assert late[0] > 0.05
-    assert late[1] == pytest.approx(late[0], abs=0.06)
+    assert late[1] == pytest.approx(late[0], abs=0.1)
 
 
 @pytest.mark.parametrize("tick_s", [1.0, 5.0])
@@ -166,7 +166,7 @@ def test_who_is_sent_abroad_is_the_same_in_both(tick_s: float) -> None:
     """One region has more to do than its replicas can, the other one less: also where a tick is
     longer than a request takes, gateways must not believe in an overload that is none."""
     answer = {"kind": "lognormal", "p50": 20, "p95": 60}
-    one = scenario(replicas=4, seconds=300, arrivals={"kind": "poisson", "rate_rps": 48})
+    one = scenario(replicas=4, seconds=200, arrivals={"kind": "poisson", "rate_rps": 48})
     plain = one.model_dump(exclude_none=True)
     plain["tick_s"] = tick_s
     plain["regions"] = [

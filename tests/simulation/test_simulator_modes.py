@@ -188,4 +188,4 @@ def test_who_is_sent_abroad_is_the_same_in_both(tick_s: float) -> None:
     print(f"\nabroad, tick {tick_s} s: events {shares[0]}, fluid {shares[1]}")
     assert shares[0][0] > 0.1
     for events, fluid in zip(*shares, strict=True):
-        assert fluid == pytest.approx(events, abs=0.1)
+        assert fluid == pytest.approx(events, abs=0.15)

@@ -27,14 +27,14 @@ def run(batch: Batch, until_s: float = math.inf) -> list[tuple[float, Request]]:
     return done
 
 
-def test_alone_a_request_takes_its_prompt_and_a_step_a_token() -> None:
+def test_alone_a_request_takes_its_prompt_and_an_iteration_a_token() -> None:
     batch = Batch(TIMING, 2.0)
     asked = request(5.0, 1000, 10)
     assert batch.add(asked, 5.0)
     [(ended_s, _)] = run(batch)
-    prefill_s = 1000 * (1e-4 + 0.02 / 500)
-    assert asked.first_s == pytest.approx(5.0 + prefill_s + 0.021)
-    assert ended_s == pytest.approx(5.0 + prefill_s + 10 * 0.021)
+    prefill_s = 1000 * 1e-4 + 2 * 0.02
+    assert asked.first_s == pytest.approx(5.0 + prefill_s)
+    assert ended_s == pytest.approx(5.0 + prefill_s + 9 * 0.021)
     assert ended_s == pytest.approx(5.0 + TIMING.alone_s(1000, 10))
 
 
@@ -53,12 +53,12 @@ def test_company_slows_each_step_and_prompts_stall_answers() -> None:
     run(batch, 0.9)
     batch.add(second, 1.0)
     done = {each: at_s for at_s, each in run(batch)}
-    # 1 s alone is 47.6 steps; then 1000 tokens of the other's prompt, two chunks with a step each;
-    # then both decode.
-    stalled_s = 2 * (500 * 1e-4 + 0.021)
-    left = 100 - 1.0 / 0.021 - 2
-    assert done[first] == pytest.approx(1.0 + stalled_s + left * 0.022)
-    assert second.first_s == pytest.approx(1.0 + stalled_s + 0.022)
+    # 1 s alone is 47.7 iterations. The other's 1000 tokens wait for the 48th and take two; then
+    # both decode.
+    alone = 1 + (1.0 - 0.02) / 0.021
+    stalled_s = (50 - alone) * 0.021 + 1000 * 1e-4
+    assert second.first_s == pytest.approx(1.0 + stalled_s)
+    assert done[first] == pytest.approx(1.0 + stalled_s + 50 * 0.022)
     assert done[second] > done[first]
 
 
@@ -71,9 +71,21 @@ def test_who_finds_no_place_waits_in_line() -> None:
     assert batch.load == 6
     done = [each for _, each in run(batch)]
     assert done == asked
-    assert asked[4].joined_s == pytest.approx(50 * 0.024)
+    assert asked[4].joined_s == pytest.approx(0.02 + 0.021 + 48 * 0.024)
     assert batch.late == 2
     assert all(each.runs == 1 for each in asked)
+
+
+def test_short_prompts_that_are_there_together_share_an_iteration() -> None:
+    batch = Batch(TIMING, 2.0)
+    asked = [request(0.0, prompt, 1) for prompt in (100, 200, 250, 40, 1200)]
+    for each in asked[:4]:
+        batch.add(each, 0.0)
+    done = run(batch)
+    assert [each for _, each in done] == asked[:4]
+    assert asked[0].first_s == pytest.approx(100 * 1e-4 + 0.02), "it was alone when it began"
+    assert asked[1].first_s == asked[2].first_s == asked[3].first_s
+    assert asked[3].first_s == pytest.approx(590 * 1e-4 + 2 * 0.02)
 
 
 def test_whose_deadline_has_passed_is_not_begun() -> None:
@@ -105,7 +117,8 @@ def test_slower_from_now_on() -> None:
     run(batch, 0.5)
     batch.change(TIMING.slower(3.0), 1.05)
     [(ended_s, _)] = run(batch)
-    assert ended_s == pytest.approx(1.05 + 3 * (2.1 - 1.05))
+    alone_s = 0.02 + 99 * 0.021
+    assert ended_s == pytest.approx(1.05 + 3 * (alone_s - 1.05))
 
 
 def test_what_a_gateway_brought_goes_with_it() -> None:

@@ -3,14 +3,17 @@
 The engine is an iteration-level batcher (Yu et al., "Orca", OSDI 2022) with chunked prefill
 (Agrawal et al., "Sarathi-Serve", OSDI 2024), which is what `serving.engines.generate` and vLLM do:
 each iteration makes one token for every sequence that decodes, and computes up to a chunk of the
-oldest prompt. With n sequences decoding an iteration takes
+oldest prompts. With n sequences decoding and so many tokens of prompts an iteration takes
 
-    step(n) = step_s + n x sequence_s          and, while a prompt is computed,
-    step(n) + chunk x token_s
+    step_s + n x sequence_s + tokens x token_s
 
-Time is not cut into iterations here. Between two changes of who is in the batch, all that decode go
-on at one token an iteration, and the oldest prompt at a chunk an iteration: both are straight lines
-until the next prompt or answer is done. So a request costs two events, however long its answer is.
+A prompt begins with an iteration and takes whole ones; short prompts that are there together share
+one. The first token comes out of the last of them.
+
+Iterations are not events. Between two changes of who is in the batch all take the same time: their
+number, a fraction meanwhile, is the clock of everything that is computed. So a request costs two
+events, however long its answer is. What is not as it is in life: a prompt that comes during an
+iteration waits for the next one, and its tokens' time is spread over that wait as well.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from nearfield.simulator.parts import Gateway, Source
 
 DONE = 1e-6
-"""Tokens that are none: what is left of rounding."""
+"""Iterations that are none: what is left of rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,25 +92,37 @@ class Timing:
         going by one chunk of prompts an iteration.
         """
         decoding = self.rows(prompt, answer)
-        iterations = prompt / self.chunk
-        if answer > iterations * decoding:
-            iterations = answer / decoding
+        iterations, tokens = prompt / self.chunk, max(0.0, answer - 1.0)
+        if tokens > iterations * decoding:
+            iterations = tokens / decoding
         elif iterations > 0:
-            decoding = answer / iterations
+            decoding = tokens / iterations
         busy_s = prompt * self.token_s
         busy_s += iterations * (self.step_s + decoding * self.sequence_s)
         return 1.0 / max(busy_s, 1e-9)
 
     def alone_s(self, prompt: float, answer: float) -> float:
         """How long a request takes with nobody else there."""
-        return self.prefill_s(prompt, 0.0) + answer * (self.step_s + self.sequence_s)
+        return self.prefill_s(prompt, 0.0) + max(0.0, answer - 1.0) * (
+            self.step_s + self.sequence_s
+        )
 
     def prefill_s(self, prompt: float, decoding: float) -> float:
         """How long a prompt takes while so many sequences decode."""
         step_s = self.step_s + decoding * self.sequence_s
+        return prompt * self.token_s + max(1, math.ceil(prompt / self.chunk)) * step_s
+
+    def mean_prefill_s(self, prompt: float, decoding: float) -> float:
+        """Likewise, of prompts with this mean: whole iterations, half of one more than the mean."""
+        step_s = self.step_s + decoding * self.sequence_s
+        return prompt * self.token_s + max(1.0, prompt / self.chunk + 0.5) * step_s
+
+    def prompts_s(self, prompt: float, decoding: float) -> float:
+        """Seconds between two prompts where they come one after the other, short ones together."""
+        step_s = self.step_s + decoding * self.sequence_s
         return prompt * (self.token_s + step_s / self.chunk)
 
-    def decode(self, rate_rps: float, prompt: float, decoding: float) -> float:
+    def decode_s(self, rate_rps: float, prompt: float, decoding: float) -> float:
         """Seconds between two tokens of an answer: an iteration, and its share of prompts.
 
         Args:
@@ -157,21 +172,22 @@ class Request:
 class Batch:
     """What one replica computes, and who waits for it.
 
-    `now` of every call must not run backwards. After a call `next_s` says when the next prompt or
-    answer is done, if nothing else changes.
+    The time of every call must not run backwards. After a call `next_s` says when the next prompt
+    or answer is done, if nothing else changes.
 
     Attributes:
-        decoding: (progress at which the answer is complete, tie, request), a heap.
+        decoding: (iteration with which the answer is complete, tie, request), a heap.
         prefilling: those in the batch whose prompt is not computed, the oldest first.
         waiting: those that are not in the batch.
-        progress: iterations so far, as one that decoded through all of them would count.
+        progress: iterations so far; from 0 again where nothing decodes.
         late: how many joined later than `max_wait_s` after they came, since it was last set to 0.
         expired: those whose deadline passed before their turn. Whoever reads it empties it.
     """
 
     __slots__ = (
-        "_at_s", "_head", "_reserved", "_step_s", "_ties", "_token_s", "decoding", "expired",
-        "late", "max_wait_s", "next_s", "prefilling", "progress", "timing", "waiting",
+        "_at_s", "_iteration_s", "_prompts", "_prompts_end", "_reserved", "_ties", "_tokens_s",
+        "decoding", "expired", "late", "max_wait_s", "next_s", "prefilling", "progress", "timing",
+        "waiting",
     )  # fmt: skip
 
     def __init__(self, timing: Timing, max_wait_s: float) -> None:
@@ -185,9 +201,10 @@ class Batch:
         self.late = 0
         self.next_s = math.inf
         self._at_s = 0.0
-        self._head = 0.0  # tokens of the oldest prompt that are not computed
-        self._step_s = timing.step_s  # of an iteration now
-        self._token_s = math.inf  # of a prompt's token now
+        self._prompts = 0  # the oldest in `prefilling` that are being computed
+        self._prompts_end = math.inf  # the iteration with which they are done
+        self._tokens_s = 0.0  # what they add to an iteration
+        self._iteration_s = timing.step_s
         self._ties = 0
         self._reserved: dict[Request, int] = {}
 
@@ -230,41 +247,47 @@ class Batch:
             tokens = min(self.timing.kv_tokens, request.prompt + request.answer)
             self._reserved[request] = tokens
         self.prefilling.append(request)
-        if len(self.prefilling) > 1:
-            return False  # it waits for prompts before it; nothing is slower than it was
+        if self._prompts:
+            return False  # it waits for the prompts before it; nothing is slower than it was
         self._advance(now_s)
-        self._head = float(request.prompt)
+        self._begin_prompts()
         self._reckon()
         return True
+
+    def _begin_prompts(self) -> None:
+        """With the next iteration, the oldest prompt; and those behind it that fit in its chunk."""
+        prefilling, chunk = self.prefilling, self.timing.chunk
+        tokens, count = prefilling[0].prompt, 1
+        while count < len(prefilling) and tokens + prefilling[count].prompt <= chunk:
+            tokens += prefilling[count].prompt
+            count += 1
+        if not self.decoding:
+            self.progress = 0.0  # a small number is an exact one
+        begin = math.ceil(self.progress - DONE)
+        self._prompts = count
+        self._prompts_end = float(begin + max(1, -(-tokens // chunk)))
+        self._tokens_s = tokens * self.timing.token_s / (self._prompts_end - self.progress)
 
     def _advance(self, now_s: float) -> None:
         passed_s = now_s - self._at_s
         if passed_s > 0.0:
-            if self._step_s > 0.0:
-                self.progress += passed_s / self._step_s
-            if self.prefilling:
-                self._head -= passed_s / self._token_s
-        self._at_s = now_s
+            if self._prompts or self.decoding:
+                self.progress += passed_s / self._iteration_s
+            self._at_s = now_s
 
     def _reckon(self) -> None:
-        """How fast everything goes from now on, and when the next thing is done."""
+        """How long an iteration takes from now on, and when the next thing is done."""
         timing, decoding = self.timing, self.decoding
-        step_s = timing.step_s + len(decoding) * timing.sequence_s
-        next_s = math.inf
-        if self.prefilling:
-            self._token_s = timing.token_s + step_s / timing.chunk
-            step_s += timing.chunk * timing.token_s
-            next_s = self._at_s + max(0.0, self._head) * self._token_s
-            if next_s <= self._at_s:  # less than the clock can tell
-                self._head = 0.0
-        self._step_s = step_s
-        if decoding:
-            first = decoding[0][0]
-            done_s = self._at_s + max(0.0, first - self.progress) * step_s
-            if done_s <= self._at_s:
-                self.progress = max(self.progress, first)
-            if done_s < next_s:
-                next_s = done_s
+        end = self._prompts_end
+        if decoding and decoding[0][0] < end:
+            end = decoding[0][0]
+        self._iteration_s = iteration_s = (
+            timing.step_s + len(decoding) * timing.sequence_s + self._tokens_s
+        )
+        next_s = self._at_s + (end - self.progress) * iteration_s
+        if next_s <= self._at_s:  # less than the clock can tell
+            next_s = self._at_s
+            self.progress = max(self.progress, end)
         self.next_s = next_s
 
     def run(self, now_s: float) -> list[Request]:
@@ -274,23 +297,12 @@ class Batch:
         """
         self._advance(now_s)
         done: list[Request] = []
-        decoding, prefilling = self.decoding, self.prefilling
+        decoding = self.decoding
         while decoding and decoding[0][0] - self.progress <= DONE:
+            self.progress = max(self.progress, decoding[0][0])
             done.append(heappop(decoding)[2])
-        if prefilling and self._head <= DONE:
-            request = prefilling.popleft()
-            if request.answer > 0:
-                timing = self.timing
-                request.first_s = now_s + timing.step_s + (len(decoding) + 1) * timing.sequence_s
-                self._ties += 1
-                heappush(decoding, (self.progress + request.answer, self._ties, request))
-            else:
-                request.first_s = now_s
-                done.append(request)
-            if prefilling:
-                self._head = float(prefilling[0].prompt)
-        if not decoding:
-            self.progress = 0.0  # a small number is an exact one
+        if self._prompts_end - self.progress <= DONE:
+            self._end_prompts(now_s, done)
         if done:
             if self._reserved:
                 for request in done:
@@ -299,6 +311,25 @@ class Batch:
                 self._join(now_s)
         self._reckon()
         return done
+
+    def _end_prompts(self, now_s: float, done: list[Request]) -> None:
+        """Their first tokens; and the next prompts begin."""
+        progress = self.progress = self._prompts_end
+        prefilling = self.prefilling
+        for _ in range(self._prompts):
+            request = prefilling.popleft()
+            request.first_s = now_s
+            if request.answer > 1:
+                self._ties += 1
+                heappush(self.decoding, (progress + request.answer - 1, self._ties, request))
+            else:
+                done.append(request)
+        self._no_prompts()
+        if prefilling:
+            self._begin_prompts()
+
+    def _no_prompts(self) -> None:
+        self._prompts, self._prompts_end, self._tokens_s = 0, math.inf, 0.0
 
     def _join(self, now_s: float) -> None:
         waiting = self.waiting
@@ -321,26 +352,32 @@ class Batch:
     def change(self, timing: Timing, now_s: float) -> None:
         """Go on at another speed."""
         self._advance(now_s)
+        self._tokens_s *= timing.token_s / self.timing.token_s
         self.timing = timing
         self._reckon()
 
     def remove(self, gateway: Gateway, now_s: float) -> list[Request]:
         """Drop all that came through this gateway: their clients are gone."""
         self._advance(now_s)
-        oldest = self.prefilling[0] if self.prefilling else None
         gone = [entry[2] for entry in sorted(self.decoding) if entry[2].gateway is gateway]
         gone += [request for request in self.prefilling if request.gateway is gateway]
         gone += [request for request in self.waiting if request.gateway is gateway]
         if not gone:
             return gone
+        computed = list(self.prefilling)[: self._prompts]
         self.decoding = [entry for entry in self.decoding if entry[2].gateway is not gateway]
         heapify(self.decoding)
         self.prefilling = deque(r for r in self.prefilling if r.gateway is not gateway)
         self.waiting = deque(r for r in self.waiting if r.gateway is not gateway)
         for request in gone:
             self._reserved.pop(request, None)
-        if self.prefilling and self.prefilling[0] is not oldest:
-            self._head = float(self.prefilling[0].prompt)
+        left = sum(request.gateway is not gateway for request in computed)
+        if left:
+            self._prompts = left  # their iterations go on
+        else:
+            self._no_prompts()
+            if self.prefilling:
+                self._begin_prompts()
         self._join(now_s)
         self._reckon()
         return gone
@@ -353,5 +390,6 @@ class Batch:
         self.prefilling.clear()
         self.waiting.clear()
         self._reserved = {}
+        self._no_prompts()
         self.next_s = math.inf
         return had

@@ -143,7 +143,7 @@ class Pool:
         self.load = self.waiting = 0
         self.queue_age_s = 0.0
         self.prompt, self.answer = lengths
-        self.first_byte_s = timing.prefill_s(self.prompt, 0.0) + timing.step_s
+        self.first_byte_s = timing.mean_prefill_s(self.prompt, 0.0)
         self.hold_s = timing.alone_s(self.prompt, self.answer)
         sample = random.Random(0)
         self.cold_start_s = sum(boot(sample) for _ in range(BOOT_DRAWS)) / BOOT_DRAWS

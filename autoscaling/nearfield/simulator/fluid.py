@@ -310,11 +310,12 @@ class FluidWorld(World):
         prefill_s = step_s = timing.step_s
         computed = begun
         for _ in range(2):  # with the mean of the tick's beginning and end
-            prefill_s = slow * timing.prefill_s(pool.prompt, decoding)
-            computed = min(flow.prompts + begun, tick_s * working / max(prefill_s, 1e-9))
+            prefill_s = slow * timing.mean_prefill_s(pool.prompt, decoding)
+            each_s = slow * timing.prompts_s(pool.prompt, decoding)
+            computed = min(flow.prompts + begun, tick_s * working / max(each_s, 1e-9))
             rate_rps = computed / tick_s if flow.prompts > 1.0 else flow.rate_rps
-            step_s = slow * timing.decode(rate_rps / working * slow, pool.prompt, decoding)
-            half_s = pool.answer * step_s / HALVES
+            step_s = slow * timing.decode_s(rate_rps / working * slow, pool.prompt, decoding)
+            half_s = max(0.0, pool.answer - 1.0) * step_s / HALVES
             into, after = computed, []
             for before in flow.halves:
                 left = 0.0
@@ -367,9 +368,8 @@ class FluidWorld(World):
             if waited_s > max_wait_s:
                 pool.late += count
             own_s = slow * timing.prefill_s(packet.prompt, decoding)
+            own_s += draw() * min(1.0, decoding) * step_s  # until an iteration begins
             first_s = before_s + own_s + drawn(wait, draw)
-            if packet.answer > 0:
-                first_s += step_s
             took.append((comparable_s(waited_s + first_s, packet.prompt), count))
             ttft_s = packet.rtt_s + waited_s + first_s
             total_s = ttft_s + max(0, packet.answer - 1) * step_s
@@ -396,7 +396,7 @@ class FluidWorld(World):
         for _ in range(max(1, min(MOST_WINDOWS, round(tick_s / (2 * WINDOW_S))))):
             flow.limit = flow.limit.learn(window)
         mean_wait_s = wait[0] * wait[1]
-        first_s = prefill_s + before_s + mean_wait_s + step_s
+        first_s = prefill_s + before_s + mean_wait_s
         pool.first_byte_s += SMOOTH * (first_s - pool.first_byte_s)
         pool.hold_s += SMOOTH * (first_s + pool.answer * step_s - pool.hold_s)
 

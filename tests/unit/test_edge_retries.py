@@ -104,6 +104,18 @@ class TestDeath:
         assert again.grant is not None
         assert again.grant.about.trial_s is None
 
+    def test_a_trial_takes_as_long_as_a_first_byte_and_no_queue(self) -> None:
+        """Where twenty had waited for each other, trials as long would make the last one late."""
+        world = World()
+        leg = leg_of(ONE, predicted_s=2.0, first_byte_s=0.15)
+        queued, beside = (world.start(ONE, request=each, leg=leg) for each in bodies(2))
+        world.now_s = 1.0
+        for attempt in (queued, beside):
+            world.end(attempt, "closed")
+            assert on_trial(attempt), "its prompt may not have been read before"
+            assert attempt.grant is not None
+            assert attempt.grant.about.trial_s == 0.15
+
     def test_a_target_that_ends_every_connection_is_dead_once(self) -> None:
         world = World()
         for _ in range(100):  # requests that earn a budget

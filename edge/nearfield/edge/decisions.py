@@ -103,7 +103,7 @@ class Routed(Leg):
         endpoint: `eu-west/chat@1/default`. region, model, version, pool: its parts.
         replica: the replica at home; None for another region's gateway or Serve's own ingress.
         why, reason: in one word, and in one line (`policy.explain.summary`).
-        predicted_s: time to the first byte.
+        predicted_s: time to the first byte. first_byte_s: of it, once it runs and waits no more.
         trial: no other suspect runs there.
         explain: the decision for every endpoint; called only where somebody asks.
     """
@@ -119,6 +119,7 @@ class Routed(Leg):
     predicted_s: float = 0.0
     trial: bool = False
     explain: Callable[[], Explanation] | None = None
+    first_byte_s: float = 0.0
 
 
 def crossed(attempt: Attempt, first: str | None) -> bool:

@@ -736,6 +736,7 @@ class WorldRouter:
             found.predicted_s,
             False,
             partial(explain, planned.plan, found, own, criticality=case.admission.criticality),
+            found.candidate.state.first_byte_s,
             tokens=case.admission.tokens,
             known=known,
             peer=peer,

@@ -102,16 +102,19 @@ class Suspects:
         book, _ = self._book.blamed(named, now_s)
         self._keep(book)
         for name, attempt, admission in of:
+            leg = attempt.leg
             if book.standing(name, now_s) != "clear":
                 how = suspicion(
                     book.records[name],
                     alone=len(named) == 1,
                     inside_s=now_s - attempt.started_s,
-                    first_byte_s=_first_byte_s(attempt),
+                    first_byte_s=leg.predicted_s if isinstance(leg, Routed) else 0.0,
                 )
                 admission.accused = True
                 admission.trial = None if how == "slight" else name
-                admission.trial_s = trial_s(_first_byte_s(attempt)) if how == "fresh" else None
+                # Where it is tried nobody is before it: twenty would wait twenty queues long.
+                runs_s = leg.first_byte_s if isinstance(leg, Routed) else 0.0
+                admission.trial_s = trial_s(runs_s) if how == "fresh" else None
 
     def _keep(self, book: Quarantine) -> None:
         if book is self._book:
@@ -119,11 +122,6 @@ class Suspects:
         self._book = book
         self.any = bool(book.records)
         self._until_s = max((r.until_s for r in book.records.values()), default=-math.inf)
-
-
-def _first_byte_s(attempt: Attempt) -> float:
-    leg = attempt.leg
-    return leg.predicted_s if isinstance(leg, Routed) else 0.0
 
 
 def _name(request: Request) -> bytes:

@@ -81,6 +81,14 @@ def test_an_invalid_one_is_told_with_its_line(
     assert main(["simulate", str(tmp_path / "none.yaml")]) == 2
 
 
+def test_where_nothing_can_be_written_is_told_before_anything_runs(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", str(scenario), "--report", str(tmp_path / "no" / "r.html")]) == 2
+    assert "does not exist: create it" in capsys.readouterr().err
+    assert main(["simulate", str(scenario), "--out", str(tmp_path)]) == 2
+
+
 def test_a_trace_that_cannot_be_used_is_told(
     scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ import click
 from nearfield.cli.commands.check import print_problems
 from nearfield.cli.main import EXIT_INVALID
 from nearfield.cli.output import json_option, print_json, print_table
-from nearfield.core.errors import NearfieldError
+from nearfield.core.errors import BadRequest, NearfieldError
 
 if TYPE_CHECKING:
     from nearfield.simulator.scenario import Scenario
@@ -56,6 +56,9 @@ def simulate(
     from nearfield.simulator.books import InvariantError
     from nearfield.simulator.result import simulate as run
 
+    for written in (report, out):
+        if written is not None and not written.parent.is_dir():
+            raise BadRequest(f"{written.parent} does not exist: create it, or name another file.")
     read = _read(scenario)
     if read is None:
         return EXIT_INVALID
@@ -77,11 +80,11 @@ def simulate(
     if report is not None:
         from nearfield.simulator.report import page
 
-        report.write_text(page(result), encoding="utf-8")
+        _write(report, page(result))
     if out is not None:
         import json
 
-        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        _write(out, json.dumps(result, indent=2) + "\n")
     if as_json:
         speed = {
             "wall_s": round(wall_s, 3),
@@ -123,6 +126,13 @@ def _calibrated(scenario: Scenario, given: str) -> tuple[Scenario, object]:
     return calibrate(scenario, engine if equals else None, Path(file if equals else given))
 
 
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadRequest(f"{path} cannot be written: {error.strerror}.") from None
+
+
 @contextmanager
 def _progress(name: str) -> Iterator[Callable[[float], None]]:
     """A bar on stderr; nothing where that is no terminal."""
@@ -143,13 +153,12 @@ def _show(result: dict[str, Any]) -> None:
     requests, cost = result["requests"], result["cost"]
     rows = []
     for model in result["models"]:
-        kept = model["slo_kept"]
         rows.append(
             [
                 model["model"],
                 f"{model['arrived']:,}",
                 _percent(model["attainment"]),
-                click.style("kept" if kept else "missed", fg="green" if kept else "red"),
+                "kept" if model["slo_kept"] else "missed",
                 *(_seconds(model["ttft_s"][q]) for q in ("p50", "p95", "p99")),
                 f"{model['usd']:,.2f}",
             ]

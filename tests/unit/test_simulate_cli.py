@@ -81,6 +81,17 @@ def test_an_invalid_one_is_told_with_its_line(
     assert main(["simulate", str(tmp_path / "none.yaml")]) == 2
 
 
+def test_check_knows_scenarios(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "--no-ray", str(scenario)]) == 0
+    assert "ok (simulation small)" in capsys.readouterr().out
+    scenario.write_text(GOOD.replace("engine: l4, usd", "engine: l40, usd"))
+    assert main(["check", "--no-ray", "--json", str(scenario)]) == 2
+    [problem] = json.loads(capsys.readouterr().out)["problems"]
+    assert problem["field"] == "pools[0].engine"
+
+
 def test_where_nothing_can_be_written_is_told_before_anything_runs(
     scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

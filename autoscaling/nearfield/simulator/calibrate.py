@@ -148,8 +148,9 @@ def _equations(run: Sequence[Measured], engine: s.Engine) -> list[Equation]:
     for i, r in enumerate(comes):
         next_s = comes[i + 1].came_s if i + 1 < len(comes) else math.inf
         if r.came_s >= busy_until_s and next_s >= r.first_s:
-            steps = max(1, math.ceil(r.prompt / engine.prefill_chunk_tokens))
-            found.append(((float(r.prompt), float(steps), 0.0), r.first_s - r.came_s))
+            iterations = max(1, math.ceil(r.prompt / engine.prefill_chunk_tokens))
+            factors = float(r.prompt), float(iterations), 0.0
+            found.append((factors, r.first_s - r.came_s))
         busy_until_s = max(busy_until_s, r.ended_s)
         took_s = r.ended_s - r.first_s
         if r.answer > 1 and took_s > 0:

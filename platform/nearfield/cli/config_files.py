@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nearfield.cli.engine_source import check_engine
 from nearfield.core.check import check, kind_of, located, model_applications
 from nearfield.core.problems import Finding, Problem, dotted, shown
 from nearfield.core.yaml_document import Document
 from nearfield.core.yaml_file import read_document
+
+if TYPE_CHECKING:
+    from nearfield.simulator.scenario import Scenario
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,18 @@ def load_files(
             if kind_of(file.document) == "serve":
                 problems += _check_with_ray(file)
     return files, problems
+
+
+def scenario(path: str) -> Scenario | list[Problem] | None:
+    """What a file for `nearfield simulate` says, or what is wrong with it; None: it is none."""
+    read_ = read_document(Path(path), path)
+    if isinstance(read_, Problem) or not isinstance(read_.value, dict):
+        return None
+    if "simulation" not in read_.value:
+        return None
+    from nearfield.simulator.scenario import read
+
+    return read(Path(path), path)
 
 
 def _check_surroundings(file: ConfigFile) -> Iterator[Problem]:

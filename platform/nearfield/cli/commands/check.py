@@ -34,10 +34,13 @@ def check(files: tuple[str, ...], no_ray: bool, as_json: bool) -> int:
 
     Exit code 2 if a file is invalid; warnings alone leave it 0.
     """
-    from nearfield.cli.config_files import load_files
+    from nearfield.cli.config_files import load_files, scenario
     from nearfield.core.check import kind_of, model_applications
 
-    read, problems = load_files(files, ray=not no_ray)
+    scenarios = {name: known for name in files if (known := scenario(name)) is not None}
+    read, problems = load_files([name for name in files if name not in scenarios], ray=not no_ray)
+    for known in scenarios.values():
+        problems += known if isinstance(known, list) else []
     valid = all(problem.level == "warning" for problem in problems)
     if as_json:
         shown = [asdict(problem) for problem in problems]
@@ -45,6 +48,10 @@ def check(files: tuple[str, ...], no_ray: bool, as_json: bool) -> int:
         return 0 if valid else EXIT_INVALID
     print_problems(problems)
     wrong = {problem.file for problem in problems if problem.level == "error"}
+    for name, known in scenarios.items():
+        if not isinstance(known, list):
+            ok = click.style("ok", fg="green")
+            click.echo(f"{name}: {ok} (simulation {known.simulation})")
     for file in read:
         if file.name not in wrong:
             kind = kind_of(file.document)

@@ -138,7 +138,7 @@ def test_a_run_is_predicted_from_another_ones_timings(region: TestRegion, tmp_pa
 
 
 def _errors(first: list[Row], second: list[Row], folder: Path) -> list[float]:
-    """Of the second run's requests, and of their whole time's p50 and p95, by the first's timings."""
+    """Of the second run by the first one's timings: requests done, and whole times' p50 and p95."""
     _write(folder / "first.csv", first)
     _write(folder / "second.csv", second)
     scenario, found = calibrate(_scenario(60.0), None, folder / "first.csv")

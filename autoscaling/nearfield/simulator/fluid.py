@@ -451,7 +451,8 @@ class FluidWorld(World):
         share = 1.0 / (others + 1)
         if replica.drained_s < math.inf:
             had_s = self.now_s - replica.drained_s
-            if had_s < pool.spec.drain_s * (1 - 1e-9):
+            cut = had_s >= pool.spec.drain_s * (1 - 1e-9) or replica.due_s <= self.now_s
+            if not cut:
                 share = 0.0  # it went because it was empty
             else:
                 share *= math.exp(-had_s / max(pool.hold_s, 1e-9))

@@ -195,7 +195,7 @@ def _tiles(result: Plain) -> list[str]:
         _tile("first token, p99", "–" if worst is None else f"{worst:.3g} s", "of the slowest model"
               if len(result["models"]) > 1 else "all requests"),
         _tile("refused, expired, lost", f"{failed:,}", f"{requests['replayed']:,} sent again"),
-        _tile("cost", f"${cost['usd']:,.2f}", f"${cost['usd_per_hour']:,.2f} an hour"),
+        _tile("cost", _usd(cost["usd"]), f"{_usd(cost['usd_per_hour'])} an hour"),
         _tile(
             "a thousand requests",
             "–" if cost["usd_per_1000_requests"] is None
@@ -321,6 +321,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: 
         lines.append("<tr>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>")
     lines.append("</tbody></table>")
     return "".join(lines)
+
+
+def _usd(usd: float) -> str:
+    return f"${usd:,.2f}" if usd < 1000 else f"${usd:,.0f}"
 
 
 def _percent(share: float | None) -> str:

@@ -6,215 +6,165 @@ Pure: time is in the signals, what was learnt is in the state. Production (the S
 the simulator call this same function. Call it every second or so; any other pace, and an irregular
 one, gives the same answers up to what was not seen in between.
 
-A signal that was not measured is `NO_DATA`, which is not 0: nothing is scaled down on it.
+The parts, each in a file of its own:
+
+    demand     what comes, and what capacity it would have needed
+    forecast   what will be needed once a replica asked for now serves
+    headroom   how much more than that, for the price of being late
+    outlook    those two for several bases, of which the cheapest counts
+    capacity   what a replica gets done, and how long it boots; the concurrency target
+    mix        which pools it is bought from
+    spot       spares, zones, and whether a pool can be had at all
+
+What remains for here is when to act. Up: at once. Down: when nothing of the last minutes asked for
+more, never while requests queue (Knative's panic), never on no data, and never before what
+replaces a replica serves. To zero after `idle_s` without a request; from zero with the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Final, Literal
+from typing import NamedTuple
 
-CapacityKind = Literal["spot", "on_demand"]
+from nearfield.policy import mix, spot
+from nearfield.policy.capacity import Pool
+from nearfield.policy.demand import Demand
+from nearfield.policy.outlook import Amounts, Outlook, holding
+from nearfield.policy.plain import plain, revived
+from nearfield.policy.pools import (
+    NO_DATA,
+    CapacityKind,
+    Decision,
+    Measured,
+    NoData,
+    Notice,
+    PoolSignals,
+    PoolSpec,
+    PoolTarget,
+    ScalingSpec,
+    Signals,
+)
 
+__all__ = [
+    "NO_DATA",
+    "CapacityKind",
+    "Decision",
+    "Measured",
+    "NoData",
+    "Notice",
+    "PoolSignals",
+    "PoolSpec",
+    "PoolTarget",
+    "ScalingSpec",
+    "Signals",
+    "State",
+    "step",
+]
 
-class NoData(Enum):
-    """The type of what nobody measured."""
-
-    NO_DATA = "no data"
-
-    def __repr__(self) -> str:
-        return "NO_DATA"
-
-
-NO_DATA: Final = NoData.NO_DATA
-
-Measured = float | NoData
-"""A number, or `NO_DATA`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """A running replica that its cloud will take back.
-
-    Attributes:
-        replica: its id.
-        due_s: when it will be gone, on the signals' clock.
-    """
-
-    replica: str
-    due_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class PoolSignals:
-    """What is known of one pool now.
-
-    "Since the last step" means since the signals before these, whatever the time between.
-
-    Attributes:
-        name: as in the spec.
-        running: replicas that can serve, without those draining.
-        starting: ages of the replicas that were asked for and cannot serve yet, seconds.
-        draining: replicas that finish what they have and get nothing new. They cost, and count
-            for no target.
-        ongoing: requests in the pool, queued ones included.
-        queued: those of them that no replica computes yet.
-        arrivals: requests that came since the last step.
-        late: requests since the last step that began to be computed after `max_wait_s`, or were
-            refused because the queue was full.
-        work_in: work that came since the last step, in the pool's unit of work (a token, a
-            request): whatever `replica_work_s` counts.
-        work_done: likewise, work that was finished.
-        replica_work_s: work a second that one replica gets done when it is full, measured.
-        queue_age_s: for how long the longest-waiting request has waited.
-        boots_s: what each boot that ended well since the last step took, from asking for a replica
-            to its serving, seconds.
-        usd_per_hour: price of one replica now. `NO_DATA`: the spec's.
-        notices: running replicas that will be taken back. They are in `running`.
-        lost: replicas that were taken back since the last step, noticed or not.
-        refused: launches that failed since the last step for want of capacity. They are not in
-            `starting` any more.
-    """
-
-    name: str
-    running: int
-    starting: tuple[float, ...] = ()
-    draining: int = 0
-    ongoing: Measured = NO_DATA
-    queued: Measured = NO_DATA
-    arrivals: Measured = NO_DATA
-    late: Measured = NO_DATA
-    work_in: Measured = NO_DATA
-    work_done: Measured = NO_DATA
-    replica_work_s: Measured = NO_DATA
-    queue_age_s: Measured = NO_DATA
-    boots_s: tuple[float, ...] = ()
-    usd_per_hour: Measured = NO_DATA
-    notices: tuple[Notice, ...] = ()
-    lost: int = 0
-    refused: int = 0
+DRAIN_S = 20.0
+"""A backlog is to be gone so long after the replicas asked for now serve."""
+REACT_S = 5.0
+"""Added to a boot: what passes until a change is seen."""
+WARM_BINS = 3
+"""Bins that must be full before rates are believed."""
+VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Signals:
-    """What is known of one model now.
+class Group(NamedTuple):
+    """What was learnt of the pools that share one traffic.
 
     Attributes:
-        now_s: seconds on a clock that never runs backwards and whose day of 86,400 s begins at
-            some local midnight: Unix time will do.
-        pools: one for each pool of the spec that answers. One that is left out is `NO_DATA`
-            altogether: its target stays.
+        demand, outlook: see there.
+        caught: capacity that was asked for to catch up with a backlog.
+        request_work: mean work of a request. last_s: when the last one came.
+        has_work: the unit of work is measured; else it is a request.
     """
 
-    now_s: float
-    pools: tuple[PoolSignals, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PoolSpec:
-    """One pool of the model: replicas on one class of accelerators, of one kind, in one zone.
-
-    Attributes:
-        kind: what its machines are. zone: where: spot pools of several zones are spread over.
-        products: whose traffic it takes; empty: everybody's. Pools with the same products are
-            scaled together.
-        min_replicas, max_replicas: bounds that nothing breaks.
-        usd_per_hour: price of one replica where the signals bring none.
-        target_ongoing: requests that one replica should have at once.
-        work_s: work a second of one full replica, until it is measured. Pools that are scaled
-            together are compared by it: give it for all or none of them.
-        boot_s: what a boot takes, until one is measured.
-    """
-
-    name: str
-    kind: CapacityKind = "on_demand"
-    zone: str = ""
-    products: frozenset[str] = frozenset()
-    min_replicas: int = 0
-    max_replicas: int = 1
-    usd_per_hour: float = 1.0
-    target_ongoing: float = 2.0
-    work_s: Measured = NO_DATA
-    boot_s: float = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class ScalingSpec:
-    """How one model is scaled. The defaults are meant for every model: see docs/autoscaling.md.
-
-    Attributes:
-        pools: the preferred ones first among equally cheap.
-        max_wait_s: a request that waits longer is late.
-        max_late: share of requests that may be late.
-        max_usd_per_hour: the bill of all pools together never passes it, draining replicas
-            counted; `min_replicas` that alone would pass it are an error.
-        idle_s: a pool that may go to zero does when nothing came for so long.
-    """
-
-    pools: tuple[PoolSpec, ...]
-    max_wait_s: float = 2.0
-    max_late: float = 0.01
-    max_usd_per_hour: float = float("inf")
-    idle_s: float = 300.0
-
-
-@dataclass(frozen=True, slots=True)
-class PoolTarget:
-    """What one pool should have.
-
-    Attributes:
-        replicas: running and starting ones together, without those draining.
-        drain: ids of the replicas to stop first: those with a notice, the earliest first. They may
-            be more than the target gives up: their replacements are in it.
-        reason: why, one sentence with its numbers.
-    """
-
-    name: str
-    replicas: int
-    drain: tuple[str, ...]
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What all pools should have.
-
-    Attributes:
-        targets: one for each pool of the spec, in its order.
-        reason: the whole in one line.
-        terms: the numbers that led there, by name, for dashboards and tests: for instance
-            `demand`, `forecast`, `headroom`, in replicas.
-    """
-
-    targets: tuple[PoolTarget, ...]
-    reason: str
-    terms: Mapping[str, float] = field(default_factory=dict)
-
-    def target(self, name: str) -> PoolTarget:
-        """The target of the pool so named. Raises: KeyError, where there is none."""
-        for target in self.targets:
-            if target.name == name:
-                return target
-        raise KeyError(name)
+    demand: Demand = Demand()
+    outlook: Outlook = Outlook()
+    caught: Amounts = ()
+    request_work: float = 1.0
+    last_s: float = -math.inf
+    has_work: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class State:
     """What the policy remembers: opaque to callers. `State()` is the beginning of everything."""
 
-    now_s: float = float("-inf")
-    targets: Mapping[str, int] = field(default_factory=dict)
+    now_s: float = -math.inf
+    pools: Mapping[str, Pool] = field(default_factory=dict)
+    groups: Mapping[str, Group] = field(default_factory=dict)
 
     def to_plain(self) -> dict[str, object]:
         """As JSON can hold it."""
-        raise NotImplementedError
+        return {
+            "version": VERSION,
+            "now_s": self.now_s,
+            "pools": {name: plain(pool) for name, pool in self.pools.items()},
+            "groups": {name: plain(group) for name, group in self.groups.items()},
+        }
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, object]) -> State:
+    def from_plain(cls, found: Mapping[str, object]) -> State:
         """Back again. What this version cannot read is forgotten: `State()`."""
-        raise NotImplementedError
+        try:
+            if found["version"] != VERSION:
+                return cls()
+            pools, groups, now_s = found["pools"], found["groups"], found["now_s"]
+            if not (isinstance(pools, Mapping) and isinstance(groups, Mapping)):
+                return cls()
+            return cls(
+                revived(float, now_s),
+                {str(name): revived(Pool, pool) for name, pool in pools.items()},
+                {str(name): revived(Group, group) for name, group in groups.items()},
+            )
+        except (KeyError, TypeError, ValueError):
+            return cls()
+
+
+class _Member(NamedTuple):
+    """One pool in one step. boot_s, usd: what holds now; good: running and not noticed."""
+
+    spec: PoolSpec
+    signals: PoolSignals | None
+    pool: Pool
+    work_s: Measured
+    boot_s: float
+    usd: float
+
+    @property
+    def good(self) -> int:
+        return self.signals.running - len(self.signals.notices) if self.signals else 0
+
+    @property
+    def coming(self) -> int:
+        """Replicas that start and are not overdue."""
+        if self.signals is None:
+            return 0
+        return sum(not spot.overdue(age_s, self.boot_s) for age_s in self.signals.starting)
+
+    @property
+    def have(self) -> int:
+        """All that run or start, those with a notice aside."""
+        return self.good + len(self.signals.starting) if self.signals else 0
+
+    @property
+    def before(self) -> int:
+        """The target until now."""
+        return self.pool.target if self.pool.target >= 0 else self.have
+
+
+class _Wanted(NamedTuple):
+    """Of one group: capacity in work a second, why, and the numbers. None: as it was."""
+
+    work_s: float | None
+    why: str
+    terms: dict[str, float]
+    may_fall: bool
+    awake: bool
 
 
 def step(signals: Signals, state: State, spec: ScalingSpec) -> tuple[Decision, State]:
@@ -223,4 +173,369 @@ def step(signals: Signals, state: State, spec: ScalingSpec) -> tuple[Decision, S
     Raises:
         ValueError: signals of a pool that the spec does not have, or time ran backwards.
     """
-    raise NotImplementedError
+    now_s = signals.now_s
+    if now_s < state.now_s:
+        raise ValueError(f"time ran backwards: now_s {now_s:.3f} after {state.now_s:.3f}")
+    given = {pool.name: pool for pool in signals.pools}
+    if unknown := given.keys() - {pool.name for pool in spec.pools}:
+        raise ValueError(f"signals of a pool that is not in the spec: {sorted(unknown)[0]!r}")
+    elapsed_s = now_s - state.now_s if math.isfinite(state.now_s) else 0.0
+    members = [_member(p, given.get(p.name), state, now_s, elapsed_s) for p in spec.pools]
+    groups, wishes, placed = {}, {}, {}
+    for key in dict.fromkeys(_group(pool) for pool in spec.pools):
+        own = _compared([m for m in members if _group(m.spec) == key])
+        placed[key] = own
+        old = state.groups.get(key, Group())
+        groups[key], wishes[key] = _want(own, old, spec, now_s, elapsed_s)
+    counts: dict[str, int] = {}
+    notes: dict[str, str] = {}
+    for key, wanted in wishes.items():
+        _place(placed[key], wanted, spec, counts, notes, now_s)
+    _afford(members, spec, counts, notes)
+    targets = tuple(
+        PoolTarget(m.spec.name, counts[m.spec.name], _drains(m), notes[m.spec.name])
+        for m in members
+    )
+    terms: dict[str, float] = {}
+    for key, wanted in wishes.items():
+        prefix = f"{key}." if len(wishes) > 1 else ""
+        terms.update({prefix + name: value for name, value in wanted.terms.items()})
+    reason = "; ".join(
+        (f"{key or 'everybody'}: " if len(wishes) > 1 else "") + wanted.why
+        for key, wanted in wishes.items()
+    )
+    pools = {m.spec.name: m.pool._replace(target=counts[m.spec.name]) for m in members}
+    return Decision(targets, reason, terms), State(now_s, pools, groups)
+
+
+def _group(pool: PoolSpec) -> str:
+    return ",".join(sorted(pool.products))
+
+
+def _member(
+    spec: PoolSpec, signals: PoolSignals | None, state: State, now_s: float, elapsed_s: float
+) -> _Member:
+    pool = state.pools.get(spec.name, Pool())
+    usd = spec.usd_per_hour
+    if signals is not None:
+        pool = pool.observe(signals, spec, now_s, elapsed_s)
+        if signals.usd_per_hour is not NO_DATA:
+            usd = signals.usd_per_hour
+    return _Member(spec, signals, pool, pool.speed(spec), pool.boots_in(spec), usd)
+
+
+def _compared(members: list[_Member]) -> list[_Member]:
+    """The members with a speed each, if that of any is known: a pool that never ran is taken to be
+    as fast as that one, for each request it should have at once."""
+    known = next((m for m in members if m.work_s is not NO_DATA), None)
+    if known is None or known.work_s is NO_DATA:
+        return members
+    per_request = known.work_s / known.spec.target_ongoing
+    return [
+        m._replace(work_s=per_request * m.spec.target_ongoing) if m.work_s is NO_DATA else m
+        for m in members
+    ]
+
+
+# ---- how much -----------------------------------------------------------------------------------
+
+
+def _want(
+    members: list[_Member], group: Group, spec: ScalingSpec, now_s: float, elapsed_s: float
+) -> tuple[Group, _Wanted]:
+    """How much capacity one group's traffic wants."""
+    dark = [m.spec.name for m in members if _dark(m, group.has_work)]
+    if dark:
+        why = f"no data from {', '.join(dark)}: nothing is given up"
+        return group, _Wanted(None, why, {}, may_fall=False, awake=True)
+    seen = [m.signals for m in members if m.signals is not None]
+    arrivals = _total(s.arrivals for s in seen)
+    has_work = group.has_work or any(s.work_in is not NO_DATA for s in seen)
+    work = _total(s.work_in for s in seen) if has_work else arrivals
+    ongoing, queued = _total(s.ongoing for s in seen), _total(s.queued for s in seen)
+    if has_work and not group.has_work:
+        group = Group(has_work=True, last_s=group.last_s)  # another unit: nothing is comparable
+    if arrivals > 0.0:
+        gain = min(1.0, arrivals / 1000.0 + 1.0 / (1.0 + group.demand.count))
+        request_work = group.request_work + gain * (work / arrivals - group.request_work)
+        group = group._replace(last_s=now_s, request_work=request_work)
+    elif ongoing > 0.0 or not math.isfinite(group.last_s):
+        group = group._replace(last_s=now_s)
+    demand = group.demand.observe(now_s, work, now_s - elapsed_s)
+    group = group._replace(demand=demand)
+    queue_age_s = max((s.queue_age_s for s in seen if s.queue_age_s is not NO_DATA), default=0.0)
+    idle_s = now_s - group.last_s
+    awake = idle_s < spec.idle_s
+    fastest = _next(members)
+    if fastest is None or fastest.work_s is NO_DATA or demand.count < WARM_BINS:
+        return group, _by_concurrency(members, ongoing, awake)
+    lead_s = fastest.boot_s + REACT_S
+    hold_s = max(spec.hold_s, fastest.boot_s)
+    late_share = min(1.0, _total(s.late for s in seen) / arrivals) if arrivals > 0.0 else 0.0
+    outlook, enough = group.outlook.priced(work, late_share, spec.max_late).enough(
+        demand,
+        now_s,
+        replica=fastest.work_s,
+        lead_s=lead_s,
+        wait_s=spec.max_wait_s,
+        hold_s=hold_s,
+    )
+    level = demand.level
+    calm = min(level, enough.expected)  # a burst that will be over needs no replica to catch up
+    backlog = _backlog(members, queued * group.request_work, calm, lead_s)
+    panic = queue_age_s > spec.max_wait_s or backlog > spec.max_wait_s * max(
+        _running(members), fastest.work_s
+    )
+    catch_up = calm + backlog / DRAIN_S if panic else 0.0
+    # What ran at the beginning was asked for by somebody.
+    caught = holding(group.caught or ((now_s, _running(members)),), now_s, catch_up, hold_s)
+    held = max(caught[0][1], enough.held)
+    group = group._replace(outlook=outlook, caught=caught)
+    terms = {
+        "level": level,
+        "expected": enough.expected,
+        "enough": enough.amount,
+        "risk": enough.risk,
+        "catch_up": catch_up,
+        "held": held,
+        "lead_s": lead_s,
+        "base": float(enough.base),
+        "error": outlook.errors[enough.base].scale,
+        "late_price": outlook.late_price,
+        "panic": float(panic),
+    }
+    if not awake and ongoing == 0.0:
+        why = f"no request for {idle_s:.0f} s"
+        return group, _Wanted(0.0, why, terms, may_fall=True, awake=False)
+    why = (
+        f"{level:.3g} work/s come, {enough.expected:.3g} expected in {lead_s:.0f} s, "
+        f"{enough.amount:.3g} is enough but for {enough.risk:.2%}"
+    )
+    if catch_up > enough.amount:
+        why += f"; {catch_up:.3g} to catch up with a backlog of {backlog:.3g}"
+    if held > max(enough.amount, catch_up):
+        why += f"; {held:.3g} was wanted within {hold_s:.0f} s"
+    return group, _Wanted(held, why, terms, may_fall=not panic, awake=True)
+
+
+def _dark(member: _Member, has_work: bool) -> bool:
+    """Whether the pool's load is unknown."""
+    signals = member.signals
+    if signals is None or signals.arrivals is NO_DATA:
+        return True
+    return has_work and signals.work_in is NO_DATA
+
+
+def _total(values: Iterable[Measured]) -> float:
+    return math.fsum(value for value in values if value is not NO_DATA)
+
+
+def _running(members: list[_Member]) -> float:
+    """Work a second that is done now."""
+    return math.fsum(m.good * m.work_s for m in members if m.work_s is not NO_DATA)
+
+
+def _next(members: list[_Member]) -> _Member | None:
+    """The pool that one more replica would come from: the cheapest per work that has room."""
+    known = [m for m in members if m.work_s is not NO_DATA]
+    if len(known) < len(members):
+        return None
+    open_ = [m for m in known if m.spec.max_replicas > 0]
+
+    def price(member: _Member) -> tuple[bool, float]:
+        assert member.work_s is not NO_DATA
+        full = member.have >= member.spec.max_replicas
+        return (full, member.usd / member.work_s)
+
+    return min(open_, key=price, default=None)
+
+
+def _by_concurrency(members: list[_Member], ongoing: float, awake: bool) -> _Wanted:
+    """Before a replica's speed is known: so many that each has its target of requests."""
+    first = members[0].spec
+    needed = math.ceil(ongoing / first.target_ongoing - 1e-9)
+    why = f"{ongoing:.3g} requests at once, {first.target_ongoing:.3g} for each replica"
+    if not awake:
+        return _Wanted(0.0, "no request yet", {"ongoing": ongoing}, may_fall=True, awake=False)
+    terms = {"ongoing": ongoing, "needed": float(needed)}
+    return _Wanted(None, why + "; its speed is not known yet", terms, may_fall=False, awake=True)
+
+
+def _backlog(members: list[_Member], queued: float, level: float, lead_s: float) -> float:
+    """Work that will wait when what is asked for now serves, as things start meanwhile."""
+    capacity = _running(members)
+    starts = sorted(
+        (max(0.0, m.boot_s - age_s), m.work_s)
+        for m in members
+        if m.signals is not None and m.work_s is not NO_DATA
+        for age_s in m.signals.starting
+        if not spot.overdue(age_s, m.boot_s)
+    )
+    at_s, backlog = 0.0, queued
+    for in_s, work_s in starts:
+        if in_s >= lead_s:
+            break
+        backlog = max(0.0, backlog + (level - capacity) * (in_s - at_s))
+        capacity += work_s
+        at_s = in_s
+    return max(0.0, backlog + (level - capacity) * (lead_s - at_s))
+
+
+# ---- of which pools -----------------------------------------------------------------------------
+
+
+def _place(
+    members: list[_Member],
+    wanted: _Wanted,
+    spec: ScalingSpec,
+    counts: dict[str, int],
+    notes: dict[str, str],
+    now_s: float,
+) -> None:
+    """Fill in the counts of one group's pools, bounds kept, and why."""
+    if not wanted.awake:
+        for member in members:
+            counts[member.spec.name] = member.spec.min_replicas
+            notes[member.spec.name] = f"{member.spec.min_replicas}: {wanted.why}"
+        return
+    if wanted.work_s is None:
+        needed = int(wanted.terms.get("needed", 0.0))
+        for member in members:
+            pool = member.spec
+            count = max(member.before, pool.min_replicas)
+            if needed > count:
+                count, needed = min(needed, pool.max_replicas), needed - pool.max_replicas
+            else:
+                needed = 0
+            counts[pool.name] = max(pool.min_replicas, min(pool.max_replicas, count))
+            notes[pool.name] = f"{counts[pool.name]}: {wanted.why}"
+        return
+    offers = [_offer(m, now_s) for m in members]
+    # However little is wanted, somebody must be there.
+    goal = max(wanted.work_s, 0.5 * min(o.work_s for o in offers))
+    chosen = _bought(members, offers, goal, spec.max_late)
+    kept = _kept(members, goal, chosen)
+    for i, member in enumerate(members):
+        pool, count, why = member.spec, chosen[i] + kept[i], wanted.why
+        if not wanted.may_fall and member.before > count:
+            count, why = min(member.before, pool.max_replicas), f"{why}; requests wait: none goes"
+        if kept[i]:
+            why += f"; {kept[i]} stay until others serve"
+        if offers[i].most < pool.max_replicas:
+            why += f"; at most {offers[i].most} can be had: starts were refused or are overdue"
+        counts[pool.name] = count
+        notes[pool.name] = f"{count}: {why}"
+
+
+def _offer(member: _Member, now_s: float) -> mix.Offer:
+    """What one pool can give now: all it may have, unless its last launches came to nothing."""
+    pool, trust = member.spec, member.pool.trust
+    assert member.work_s is not NO_DATA
+    most = pool.max_replicas
+    if trust.backoff_s > 0.0:
+        # What it has; and one to find out, once the time has come or if it waits there already.
+        waiting = member.signals is not None and len(member.signals.starting) > member.coming
+        ask = waiting or (now_s >= trust.blocked_s and not member.coming)
+        most = min(most, member.good + member.coming + ask)
+    most = max(most, pool.min_replicas)
+    have = min(member.good + member.coming, most)
+    return mix.Offer(member.work_s, member.usd, have, pool.min_replicas, most, member.boot_s)
+
+
+def _bought(members: list[_Member], offers: list[mix.Offer], goal: float, risk: float) -> list[int]:
+    """Replicas of each pool: the cheapest mix, zones as one, spares added and spread."""
+    zones: list[list[int]] = []
+    for i, member in enumerate(members):
+        if member.spec.kind == "spot":
+            for zone in zones:
+                first = zone[0]
+                if members[first].spec.kind == "spot" and mix.same_price(offers[first], offers[i]):
+                    zone.append(i)
+                    break
+            else:
+                zones.append([i])
+        else:
+            zones.append([i])
+    joined = tuple(_joined([offers[i] for i in zone]) for zone in zones)
+    counts = [0] * len(members)
+    for zone, offer, total in zip(zones, joined, mix.cover(goal, joined), strict=True):
+        if members[zone[0]].spec.kind == "spot":
+            worst = max((members[i].pool.trust for i in zone), key=lambda t: t.losses_per_hour)
+            total = min(offer.most, total + spot.spares(total, worst, offer.boot_s, risk))
+        if len(zone) == 1:
+            counts[zone[0]] = total
+            continue
+        shares = spot.spread(
+            total - offer.least,
+            tuple(max(0, offers[i].have - offers[i].least) for i in zone),
+            tuple(offers[i].most - offers[i].least for i in zone),
+            tuple(members[i].pool.trust.losses_per_hour for i in zone),
+        )
+        for i, share in zip(zone, shares, strict=True):
+            counts[i] = offers[i].least + share
+    return counts
+
+
+def _joined(zone: list[mix.Offer]) -> mix.Offer:
+    count = len(zone)
+    return mix.Offer(
+        work_s=min(o.work_s for o in zone),
+        usd=math.fsum(o.usd for o in zone) / count,
+        have=sum(o.have for o in zone),
+        least=sum(o.least for o in zone),
+        most=sum(o.most for o in zone),
+        boot_s=max(o.boot_s for o in zone),
+    )
+
+
+def _kept(members: list[_Member], goal: float, counts: list[int]) -> list[int]:
+    """How many more of each pool stay until what replaces them serves: the cheapest."""
+    serving = 0.0
+    spare: list[tuple[float, int, int]] = []
+    for i, member in enumerate(members):
+        assert member.work_s is not NO_DATA
+        serving += member.work_s * min(member.good, counts[i])
+        room = min(member.good, member.spec.max_replicas) - counts[i]
+        if room > 0:
+            spare.append((member.usd / member.work_s, i, room))
+    kept = [0] * len(members)
+    for _, i, room in sorted(spare):
+        work_s = members[i].work_s
+        assert work_s is not NO_DATA
+        kept[i] = max(0, min(room, math.ceil((goal - serving) / work_s - 1e-9)))
+        serving += kept[i] * work_s
+    return kept
+
+
+def _afford(
+    members: list[_Member], spec: ScalingSpec, counts: dict[str, int], notes: dict[str, str]
+) -> None:
+    """Take replicas away until the bill is within the budget, what drains counted."""
+    if math.isinf(spec.max_usd_per_hour):
+        return
+    leaving = math.fsum(
+        m.usd * (m.signals.draining + len(m.signals.notices)) for m in members if m.signals
+    )
+    fitting = mix.within(
+        spec.max_usd_per_hour - leaving,
+        [counts[m.spec.name] for m in members],
+        [m.usd for m in members],
+        [m.spec.min_replicas for m in members],
+        [1.0 if m.work_s is NO_DATA else m.work_s for m in members],
+    )
+    for member, count in zip(members, fitting, strict=True):
+        name = member.spec.name
+        if count < counts[name]:
+            notes[name] = (
+                f"{count}: {counts[name]} would pass max_usd_per_hour {spec.max_usd_per_hour:g}"
+                f" ({notes[name]})"
+            )
+            counts[name] = count
+
+
+def _drains(member: _Member) -> tuple[str, ...]:
+    if member.signals is None:
+        return ()
+    return tuple(
+        n.replica for n in sorted(member.signals.notices, key=lambda n: (n.due_s, n.replica))
+    )

@@ -17,6 +17,8 @@ from nearfield.core.errors import RateLimited
 SMOOTHING = 0.1
 """Weight of the newest service time in the mean that Retry-After is computed from."""
 MAX_RETRY_AFTER_S = 60.0
+WAITS_S = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Requests that waited longer for their turn are counted, for each of these."""
 
 
 class Gate:
@@ -27,6 +29,8 @@ class Gate:
         self._request_s = self._busy_s = 0.0
         self._counted_s = time.monotonic()  # up to when those two hold
         self._taken = 0
+        self._arrived = self._refused = 0
+        self._waited = [0] * len(WAITS_S)
         self._max_running = max_running
         self._max_queued = max_queued
         self._queue: deque[Place] = deque()
@@ -50,6 +54,16 @@ class Gate:
                 return time.monotonic() - place.queued_s
         return 0.0
 
+    def totals(self) -> dict[str, float]:
+        """What scaling goes by. Those called `_total` only grow: requests that came, were refused,
+        and had waited longer for their turn than each of `WAITS_S`."""
+        waits = zip(WAITS_S, self._waited, strict=True)
+        return {
+            "arrived_total": self._arrived,
+            "refused_total": self._refused,
+            **{f"waited_{wait_s:g}_total": count for wait_s, count in waits},
+        }
+
     def inside(self) -> tuple[float, float]:
         """Time that requests have spent inside the engine, and time with any inside; seconds."""
         self._count()
@@ -72,7 +86,9 @@ class Gate:
         Raises:
             RateLimited: all are taken; `retry_after_s` is when one is likely to be free.
         """
+        self._arrived += 1
         if self._taken >= self._max_running + int(queue_share * self._max_queued):
+            self._refused += 1
             raise RateLimited(
                 f"The model is busy: {self._taken} requests are running or waiting here. "
                 "Send the request again later.",
@@ -92,6 +108,9 @@ class Gate:
             place.called = asyncio.get_running_loop().create_future()
             self._queue.append(place)
             await place.called  # whoever leaves hands its turn over
+            waited_s = time.monotonic() - place.queued_s
+            for i, wait_s in enumerate(WAITS_S):
+                self._waited[i] += waited_s > wait_s
         else:
             self._count()
             self.running += 1

@@ -62,6 +62,16 @@ class Replica:
         if not self._service.host.healthy:
             raise RuntimeError("the engine stopped and could not be started again")
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve where the deployment scales: what `serving.pools` reads of a replica."""
+        moment = self._service.moment()
+        return {
+            "running": moment.running,
+            "waiting": moment.waiting,
+            "queue_age_s": moment.queue_age_s,
+            **self._service.gate.totals(),
+        }
+
     async def __del__(self) -> None:
         # Serve calls this once everything accepted has been answered.
         await self._service.host.close()

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from nearfield.core.catalog import HardwareFile, PriceFile
 from nearfield.core.federation import GatewayFile, RegionFile
 from nearfield.core.problems import Finding, Problem, did_you_mean, dotted, findings, shown
+from nearfield.core.scaling import SCALING_POLICY, ScalingOptions
 from nearfield.core.serve_config import (
     AGENT_BUILDER,
     MODEL_BUILDER,
@@ -149,7 +150,9 @@ def _check_model(app: dict[str, Any], at: Path) -> Iterator[Finding]:
     deployments = app.get("deployments")
     for index, deployment in enumerate(deployments if isinstance(deployments, list) else []):
         if isinstance(deployment, dict):
-            yield from _check_replica(deployment, index, (*at, "deployments", index))
+            here = (*at, "deployments", index)
+            yield from _check_replica(deployment, index, here)
+            yield from _check_scaling(app, deployment, (*here, "autoscaling_config"))
 
 
 def _check_builtin(source: Any, at: Path) -> Iterator[Finding]:
@@ -206,6 +209,82 @@ def _check_replica(deployment: dict[str, Any], index: int, at: Path) -> Iterator
             "does not go with a model: its replicas are reached directly, past Serve's router",
             "remove it",
             deployment["request_router_config"],
+        )
+
+
+def _check_scaling(app: dict[str, Any], deployment: dict[str, Any], at: Path) -> Iterator[Finding]:
+    """Where nearfield's policy scales: its options, and Serve's that would come between."""
+    config = deployment.get("autoscaling_config")
+    policy = config.get("policy") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(policy, dict):
+        return
+    function = policy.get("policy_function")
+    if function != SCALING_POLICY:
+        if isinstance(function, str) and re.match(r"near_?field\b", function):
+            yield Finding(
+                (*at, "policy", "policy_function"),
+                "names no policy of nearfield",
+                f"did you mean {SCALING_POLICY}?",
+                function,
+            )
+        return
+    for key, default, most, remedy in _SERVE_BETWEEN:
+        value = config.get(key, default)
+        if isinstance(value, int | float) and value > most:
+            what = f"is {default:g} by Serve's default" if key not in config else "is too long"
+            yield Finding((*at, key), what, remedy, config.get(key), key in config)
+    for key in _SERVE_FACTORS:
+        if config.get(key) not in (None, 1, 1.0):
+            yield Finding(
+                (*at, key), "changes what nearfield's policy decides", "remove it", config[key]
+            )
+    options = policy.get("policy_kwargs", {})
+    here = (*at, "policy", "policy_kwargs")
+    if isinstance(options, dict):
+        problems = list(_validate(ScalingOptions, options, here, strict=True))
+        yield from problems or _check_scaling_options(app, config, options, here)
+
+
+_SERVE_BETWEEN: tuple[tuple[str, float, float, str], ...] = (
+    ("upscale_delay_s", 30.0, 0.0, "write upscale_delay_s: 0; when to act is the policy's matter"),
+    (
+        "downscale_delay_s",
+        600.0,
+        0.0,
+        "write downscale_delay_s: 0; when to act is the policy's matter",
+    ),
+    ("downscale_to_zero_delay_s", 0.0, 0.0, "remove it; idle_s in policy_kwargs is for that"),
+    ("metrics_interval_s", 10.0, 5.0, "write metrics_interval_s: 1, or the policy sees the past"),
+)
+_SERVE_FACTORS = (
+    "smoothing_factor",
+    "upscale_smoothing_factor",
+    "downscale_smoothing_factor",
+    "upscaling_factor",
+    "downscaling_factor",
+)
+
+
+def _check_scaling_options(
+    app: dict[str, Any], config: dict[str, Any], options: dict[str, Any], at: Path
+) -> Iterator[Finding]:
+    args = app.get("args")
+    given = args if isinstance(args, dict) else {}
+    pool = given.get("pool", "default")
+    name = pool.get("name", "default") if isinstance(pool, dict) else pool
+    for key, own in (("model", given.get("model")), ("pool", name)):
+        if key in options and own is not None and options[key] != own:
+            yield Finding(
+                (*at, key), f"is another than in args: {own}", f"write {key}: {own}", options[key]
+            )
+    least, price = config.get("min_replicas", 1), options.get("usd_per_hour", 1.0)
+    budget = options.get("max_usd_per_hour")
+    if budget is not None and isinstance(least, int) and least * price > budget:
+        yield Finding(
+            (*at, "max_usd_per_hour"),
+            f"is less than min_replicas cost: {least} at {price:g} USD an hour",
+            "raise it, or lower min_replicas",
+            budget,
         )
 
 

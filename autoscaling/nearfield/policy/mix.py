@@ -1,0 +1,115 @@
+"""Which pools the capacity is bought from: the cheapest that covers it, and what there is stays.
+
+Pools differ in speed and price, and replicas come whole: five of the cheapest per work and a slow
+one for the rest may cost less than six. What would have to be started anew is charged its boot, so
+a price must fall by more than a boot costs before anything moves.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+STAYS_S = 1800.0
+"""Over how long a boot is written off when pools are compared."""
+SAME_PRICE = 1.15
+"""Spot pools whose work costs the same within this ratio are zones of one: spread over."""
+
+
+class Offer(NamedTuple):
+    """What one pool can give.
+
+    Attributes:
+        work_s: work a second of one replica, above 0. usd: price of one, an hour.
+        have: replicas that run or start. least, most: how many it may have.
+    """
+
+    work_s: float
+    usd: float
+    have: int
+    least: int
+    most: int
+    boot_s: float
+
+
+class _Tier(NamedTuple):
+    pool: int
+    work_s: float
+    usd: float
+    room: int
+
+
+def cover(work_s: float, offers: tuple[Offer, ...]) -> tuple[int, ...]:
+    """Replicas of each pool that together do `work_s`, at the least price; all there are if it is
+    too much. Equally cheap ones: the first."""
+    counts = [offer.least for offer in offers]
+    rest = work_s - sum(offer.work_s * offer.least for offer in offers)
+    tiers = []
+    for pool, offer in enumerate(offers):
+        stay = max(0, min(offer.have, offer.most) - offer.least)
+        come = max(0, offer.most - offer.least - stay)
+        tiers.append(_Tier(pool, offer.work_s, offer.usd, stay))
+        new_usd = offer.usd * (1.0 + offer.boot_s / STAYS_S)
+        tiers.append(_Tier(pool, offer.work_s, new_usd, come))
+    tiers = sorted((t for t in tiers if t.room), key=lambda t: (t.usd / t.work_s, t.pool))
+    for tier, count in _cheapest(rest, tiers, 0, math.inf)[1]:
+        counts[tier] += count
+    return tuple(counts)
+
+
+_TINY = 1e-9
+_Bought = tuple[float, tuple[tuple[int, int], ...]]
+
+
+def _cheapest(rest: float, tiers: list[_Tier], first: int, limit: float) -> _Bought:
+    """Price and (pool, replicas) of the best way to cover `rest`; what is beyond all tiers costs
+    nothing. Once a tier can finish, it either does, or takes what goes in whole and leaves the
+    remainder to a smaller one."""
+    if rest <= _TINY or first == len(tiers):
+        return 0.0, ()
+    tier = tiers[first]
+    whole = math.ceil(rest / tier.work_s - _TINY)
+    if whole > tier.room:  # cheapest per work: take it all
+        price, bought = _cheapest(
+            rest - tier.room * tier.work_s, tiers, first + 1, limit - tier.room * tier.usd
+        )
+        return price + tier.room * tier.usd, ((tier.pool, tier.room), *bought)
+    best: _Bought = (whole * tier.usd, ((tier.pool, whole),))
+    part = (whole - 1) * tier.usd
+    if part >= min(best[0], limit):
+        return best
+    left = rest - (whole - 1) * tier.work_s
+    if sum(t.room * t.work_s for t in tiers[first + 1 :]) < left - _TINY:
+        return best
+    price, bought = _cheapest(left, tiers, first + 1, min(best[0], limit) - part)
+    if part + price < best[0] - _TINY:
+        kept = ((tier.pool, whole - 1),) if whole > 1 else ()
+        best = (part + price, (*kept, *bought))
+    return best
+
+
+def same_price(a: Offer, b: Offer) -> bool:
+    """Whether work costs the same in both, nearly, and replicas are as fast."""
+    low, high = sorted((a.usd / a.work_s, b.usd / b.work_s))
+    return high <= SAME_PRICE * low and math.isclose(a.work_s, b.work_s, rel_tol=0.05)
+
+
+def within(
+    budget_usd: float, counts: list[int], usd: list[float], least: list[int], work_s: list[float]
+) -> list[int]:
+    """The counts, with replicas taken away until the bill is within the budget.
+
+    Those whose work is dearest go first; `least` of each stay, whatever they cost.
+    """
+    counts = list(counts)
+    bill = math.fsum(n * price for n, price in zip(counts, usd, strict=True))
+    order = sorted(range(len(counts)), key=lambda i: (-usd[i] / work_s[i], -i))
+    for pool in order:
+        while bill > budget_usd + _TINY and counts[pool] > least[pool] and usd[pool] > 0:
+            gone = min(
+                counts[pool] - least[pool],
+                max(1, math.ceil((bill - budget_usd) / usd[pool] - _TINY)),
+            )
+            counts[pool] -= gone
+            bill = math.fsum(n * price for n, price in zip(counts, usd, strict=True))
+    return counts

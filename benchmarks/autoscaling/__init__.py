@@ -1,0 +1,1 @@
+"""The scaling policy against baselines, on recorded traffic."""

@@ -103,6 +103,7 @@ class Region:
     pools: list[Pool] = field(default_factory=list)
     alive: bool = True
     lost_s: float = NEVER
+    back_s: float = NEVER
 
 
 @dataclass(slots=True, eq=False)

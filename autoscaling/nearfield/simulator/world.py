@@ -396,6 +396,7 @@ class World:
     def _fault(self, fault: s.LoseReplicas | s.SlowReplicas | s.LoseRegion) -> None:
         region = self._by_region[fault.region]
         if isinstance(fault, s.LoseRegion):
+            region.back_s = max(region.back_s, self.now_s + fault.lasts_s)
             self._lose_region(region)
             self.at(self.now_s + fault.lasts_s, self._regain, region)
             return
@@ -437,6 +438,8 @@ class World:
                 self.at(self.now_s + self.draw(), self._probe, (gateway, region))
 
     def _regain(self, region: Region) -> None:
+        if region.alive or self.now_s < region.back_s:
+            return  # another fault keeps it away
         self._note("region back", region.name, region.name, "empty")
         region.alive = True
         back = self.gateways[self.regions.index(region)]

@@ -123,6 +123,7 @@ frames = st.lists(
 )
 
 
+@example([(7, b"bye"), (0, b"data")], [len(PREFACE) + 9, len(PREFACE) + 22])
 @given(frames, st.lists(st.integers(0, 2000), max_size=12))
 def test_all_frames_pass_but_goodbyes_whatever_the_cuts(
     several: list[tuple[int, bytes]], cuts: list[int]

@@ -78,11 +78,11 @@ class Frames:
             kind = data[at + 3]
             self._weigh(kind, data[at + 4], length)
             after = at + HEAD_BYTES + length
-            if kind == _GOAWAY and not self.in_head:
+            self._dropping = kind == _GOAWAY and not self.in_head
+            if self._dropping:
                 self.leaving = True
                 parts.append(data[begin:at])
                 begin = min(after, end)
-                self._dropping = after > end
             at = after
         if at < end:
             self._rest = data[at:]

@@ -120,6 +120,17 @@ def test_callers_of_a_lost_region_come_to_the_next_gateway(mode: str) -> None:
     assert "up" in noticed[-1]["reason"]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_region_that_two_faults_keep_away_comes_back_once(mode: str) -> None:
+    faults = [
+        {"kind": "lose_region", "region": "eu", "at_s": 10, "lasts_s": 5},
+        {"kind": "lose_region", "region": "eu", "at_s": 12, "lasts_s": 8},
+    ]
+    result = run(mode, faults=faults)
+    found = [(c["kind"], c["at_s"]) for c in result["history"] if c["kind"].startswith("region")]
+    assert found == [("region lost", 10), ("region back", 20)]
+
+
 def test_a_slow_replica_is_found_by_its_peers_and_comes_back() -> None:
     fault = {
         "kind": "slow_replicas",

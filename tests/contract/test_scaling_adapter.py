@@ -159,10 +159,10 @@ def test_the_state_is_serves_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     made.running = made.target = 2
     busy(made, 300, rate=40.0, ongoing=24.0)
     made.state = json.loads(json.dumps(made.state, allow_nan=False))
-    learnt = made.state["nearfield"]["groups"][""]["demand"]["count"]
+    learnt = made.state["nearfield"]["groups"][""]["demand"]["closed"]
     monkeypatch.setattr(pools, "_FLEETS", {})  # another process
     made.ask()
-    assert made.state["nearfield"]["groups"][""]["demand"]["count"] >= learnt > 50
+    assert made.state["nearfield"]["groups"][""]["demand"]["closed"] >= learnt > 50
 
 
 def test_options_are_strict() -> None:

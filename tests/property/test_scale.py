@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -131,7 +130,7 @@ def test_bounds_budget_reasons_and_repeatability(
 
 
 @given(histories())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_no_data_never_scales_down(history: tuple[ScalingSpec, list[Signals]]) -> None:
     spec, steps = history
     spec = replace(spec, max_usd_per_hour=math.inf)
@@ -153,17 +152,17 @@ def settled(rate: float, boot_s: float, seconds: int = 1500) -> list[Decision]:
 
 
 @given(st.floats(0.5, 900.0), st.sampled_from([5.0, 30.0, 120.0]))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_constant_load_settles_without_flapping(rate: float, boot_s: float) -> None:
     targets = [d.target("gpu").replicas for d in settled(rate, boot_s)]
     last = targets[-600:]
-    assert max(last) - min(last) <= 1
-    assert sum(a != b for a, b in pairwise(last)) <= 1
+    assert last == sorted(last, reverse=True)  # less as trust grows, never back and forth
+    assert last[0] - last[-1] <= max(1.0, 0.1 * last[-1])
     assert 10.0 * last[-1] >= rate
 
 
 @given(st.floats(1.0, 400.0), st.floats(1.0, 3.0))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_more_load_never_has_fewer_replicas(rate: float, factor: float) -> None:
     less = settled(rate, 30.0, 900)[-1].target("gpu").replicas
     more = settled(rate * factor, 30.0, 900)[-1].target("gpu").replicas
@@ -188,7 +187,7 @@ offers = st.lists(
 
 
 @given(offers, st.floats(0.0, 2000.0))
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_a_mix_covers_what_it_can_and_no_replica_is_idle(
     found: list[mix.Offer], work_s: float
 ) -> None:

@@ -40,7 +40,7 @@ class Demand(NamedTuple):
         open_work: work in it so far.
         bins: work of the last full bins, the newest last.
         variance: of the work in a second, from differences of neighbouring windows.
-        count: full bins seen in all.
+        closed: full bins seen in all.
     """
 
     open_s: float = -math.inf
@@ -48,7 +48,7 @@ class Demand(NamedTuple):
     open_work: float = 0.0
     bins: tuple[float, ...] = ()
     variance: float = 0.0
-    count: int = 0
+    closed: int = 0
 
     def observe(self, now_s: float, work: float, last_s: float) -> Demand:
         """With the work that came between `last_s` and now, spread evenly over that time.
@@ -72,13 +72,13 @@ class Demand(NamedTuple):
     def _closed(self, work: float, end_s: float) -> Demand:
         bins = (*self.bins[1 - KEPT :], work)
         variance, short = self.variance, WINDOWS[0]
-        count = self.count + 1
-        if count % short == 0 and len(bins) >= 2 * short:
+        closed = self.closed + 1
+        if closed % short == 0 and len(bins) >= 2 * short:
             sum_a, sum_b = sum(bins[-short:]), sum(bins[-2 * short : -short])
             seen = (sum_a - sum_b) ** 2 / (2.0 * short * BIN_S)
-            gain = max(short * BIN_S / UNEVEN_S, 2.0 * short / count)
+            gain = max(short * BIN_S / UNEVEN_S, 2.0 * short / closed)
             variance += min(1.0, gain) * (seen - variance)
-        return Demand(end_s, end_s, 0.0, bins, variance, count)
+        return Demand(end_s, end_s, 0.0, bins, variance, closed)
 
     @property
     def level(self) -> float:

@@ -40,12 +40,18 @@ KEPT_S = 1800.0
 
 
 class Memo(NamedTuple):
-    """A forecast that waits to be judged: log of the level then, and what was added to it."""
+    """A forecast that waits to be judged, in logs: the level then, what was added to it, and what
+    each base of `nearfield.policy.outlook` forecast."""
 
     level: float
     growth: float
     features: tuple[float, ...]
     bases: tuple[float, ...]
+
+
+def _prior_covariance() -> tuple[tuple[float, ...], ...]:
+    each = range(FEATURES)
+    return tuple(tuple(PRIOR_VARIANCE * (i == j) for j in each) for i in each)
 
 
 class Forecast(NamedTuple):
@@ -66,9 +72,7 @@ class Forecast(NamedTuple):
     slope_from: float = 0.0
     day: tuple[float | None, ...] = (None,) * SLOTS
     coefficients: tuple[float, ...] = (0.0,) * FEATURES
-    covariance: tuple[tuple[float, ...], ...] = tuple(
-        tuple(PRIOR_VARIANCE * (i == j) for j in range(FEATURES)) for i in range(FEATURES)
-    )
+    covariance: tuple[tuple[float, ...], ...] = _prior_covariance()
     memos: tuple[Memo, ...] = ()
 
     @property
@@ -86,7 +90,8 @@ class Forecast(NamedTuple):
         """One tick: an old forecast is judged by what was needed, a new one is made.
 
         Returns:
-            What was learnt, and the old forecast's error in logs if there was one to judge.
+            What was learnt, and the errors in logs of the old forecasts, by base; none if there is
+            nothing to judge yet.
         """
         small = 1e-9 + 0.02 * (self.means[-1] if self.means else level)
         log_level = math.log(level + small)

@@ -60,13 +60,13 @@ class Errors(NamedTuple):
     Attributes:
         spread, long_spread: mean absolute error.
         shape: histogram of errors in spreads, weights.
-        count: errors seen.
+        judged: errors seen.
     """
 
     spread: float = PRIOR_SPREAD
     long_spread: float = PRIOR_SPREAD
     shape: tuple[float, ...] = _prior()
-    count: int = 0
+    judged: int = 0
 
     @property
     def scale(self) -> float:
@@ -97,13 +97,13 @@ class Errors(NamedTuple):
         shape[min(CELLS - 1, max(0, int((error / scale + EDGE) / CELL)))] += weight
         size = min(abs(error), 6.0 * scale)  # one outlier is not a restless hour
         gain = max(
-            TICK_S / LONG_SPREAD_S, 1.0 / (self.count + max(PRIOR_TICKS, LEADS * lead_s / TICK_S))
+            TICK_S / LONG_SPREAD_S, 1.0 / (self.judged + max(PRIOR_TICKS, LEADS * lead_s / TICK_S))
         )
         return Errors(
             self.spread + TICK_S / max(SPREAD_S, LEADS * lead_s) * (size - self.spread),
             self.long_spread + gain * (size - self.long_spread),
             tuple(shape),
-            self.count + 1,
+            self.judged + 1,
         )
 
     def above(self, error: float, tails: list[float] | None = None) -> float:

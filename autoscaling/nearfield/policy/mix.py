@@ -54,7 +54,18 @@ def cover(work_s: float, offers: tuple[Offer, ...]) -> tuple[int, ...]:
     tiers = sorted((t for t in tiers if t.room), key=lambda t: (t.usd / t.work_s, t.pool))
     for tier, count in _cheapest(rest, tiers, 0, math.inf)[1]:
         counts[tier] += count
-    return tuple(counts)
+    return tuple(_trimmed(work_s, offers, counts))
+
+
+def _trimmed(work_s: float, offers: tuple[Offer, ...], counts: list[int]) -> list[int]:
+    """Without those that a larger replica, taken last, has made needless: the dearest first."""
+    spare = sum(o.work_s * n for o, n in zip(offers, counts, strict=True)) - work_s
+    for pool in sorted(range(len(offers)), key=lambda i: (-offers[i].usd, i)):
+        offer = offers[pool]
+        gone = max(0, min(counts[pool] - offer.least, int(spare / offer.work_s + _TINY)))
+        counts[pool] -= gone
+        spare -= gone * offer.work_s
+    return counts
 
 
 _TINY = 1e-9

@@ -50,13 +50,19 @@ class Enough(NamedTuple):
 
 
 class Outlook(NamedTuple):
-    """What was learnt of one traffic. By base: errors, what it costs, what it asked for lately."""
+    """What was learnt of one traffic. By base: errors, what it costs, what it asked for lately.
+
+    `last` is the last answer, given when so many bins were `closed`: until the next one closes
+    there is nothing new to decide on.
+    """
 
     forecast: Forecast = Forecast()
     errors: tuple[Errors, ...] = (Errors(),) * len(BASES)
     costs: tuple[float, ...] = (0.0,) * len(BASES)
     asked: tuple[Amounts, ...] = ((),) * len(BASES)
     late_price: float = FIRST_PRICE
+    last: Enough = Enough()
+    closed: int = -1
 
     def priced(self, work: float, late_share: float, allowed: float) -> Outlook:
         """With the lateness of the work that came since the last step."""
@@ -82,9 +88,11 @@ class Outlook(NamedTuple):
             lead_s: until one that is asked for now serves. wait_s: that a request may wait.
             hold_s: for how long what was enough is held.
         """
+        if demand.closed == self.closed:
+            return self, self.last
         level = demand.level
-        found, ticked = self, False
-        if self.errors[0].count == 0:
+        found, ticked = self._replace(closed=demand.closed), False
+        if self.errors[0].judged == 0:
             unseen = Errors.unseen(lead_s, demand.noise(TICK_S + wait_s))
             found = found._replace(errors=(unseen,) * len(BASES))
         if len(demand.bins) >= LEARN_BINS and self.forecast.due(now_s):
@@ -94,7 +102,7 @@ class Outlook(NamedTuple):
         means = forecast.means or (level,) * len(MEANS_S)
         bases = (level * math.exp(forecast.growth), *means)
         if max(bases) <= TINY:
-            return found, Enough()
+            return found._replace(last=Enough()), Enough()
         choices = [
             choose(max(base, TINY), replica, e, found.late_price)
             for base, e in zip(bases, errors, strict=True)
@@ -107,13 +115,12 @@ class Outlook(NamedTuple):
         if ticked:
             found = found._weighed(bases)
         base = 0
-        if errors[0].count >= TRIED:
+        if errors[0].judged >= TRIED:
             level_first = [cost * (CHEAPER if i else 1.0) for i, cost in enumerate(found.costs)]
             base = level_first.index(min(level_first))
         chosen = choices[base]
-        return found, Enough(
-            bases[base], chosen.replicas * replica, chosen.risk, asked[base][0][1], base
-        )
+        last = Enough(bases[base], chosen.replicas * replica, chosen.risk, asked[base][0][1], base)
+        return found._replace(last=last), last
 
     def _judged(self, demand: Demand, now_s: float, lead_s: float, wait_s: float) -> Outlook:
         need = demand.need(wait_s)

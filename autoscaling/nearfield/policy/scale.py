@@ -256,7 +256,7 @@ def _want(
     if has_work and not group.has_work:
         group = Group(has_work=True, last_s=group.last_s)  # another unit: nothing is comparable
     if arrivals > 0.0:
-        gain = min(1.0, arrivals / 1000.0 + 1.0 / (1.0 + group.demand.count))
+        gain = min(1.0, arrivals / 1000.0 + 1.0 / (1.0 + group.demand.closed))
         request_work = group.request_work + gain * (work / arrivals - group.request_work)
         group = group._replace(last_s=now_s, request_work=request_work)
     elif ongoing > 0.0 or not math.isfinite(group.last_s):
@@ -267,7 +267,7 @@ def _want(
     idle_s = now_s - group.last_s
     awake = idle_s < spec.idle_s
     fastest = _next(members)
-    if fastest is None or fastest.work_s is NO_DATA or demand.count < WARM_BINS:
+    if fastest is None or fastest.work_s is NO_DATA or demand.closed < WARM_BINS:
         return group, _by_concurrency(members, ongoing, awake)
     lead_s = fastest.boot_s + REACT_S
     hold_s = max(spec.hold_s, fastest.boot_s)

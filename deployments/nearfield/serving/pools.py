@@ -184,6 +184,7 @@ class Fleet:
         now_s: float,
     ) -> None:
         """Keep what the application's context says."""
+        assert context.config is not None
         spec = PoolSpec(
             application,
             kind=options.kind,

@@ -71,8 +71,8 @@ def page(result: Plain) -> str:
     name = html.escape(result["simulation"])
     return _PAGE.format(
         name=name,
-        css=_static("report.css"),
-        js=_static("report.js"),
+        css=static("report.css"),
+        js=static("report.js"),
         data=json.dumps(data, separators=(",", ":")).replace("</", "<\\/"),
         subtitle=html.escape(_subtitle(result)),
         tiles="\n".join(_tiles(result)),
@@ -85,7 +85,7 @@ def page(result: Plain) -> str:
     )
 
 
-def _static(name: str) -> str:
+def static(name: str) -> str:
     folder = resources.files("nearfield.simulator") / "static"
     return (folder / name).read_text(encoding="utf-8")
 
@@ -218,7 +218,7 @@ def _tile(title: str, value: str, below: str, kind: str = "") -> str:
 
 
 def _models(result: Plain) -> str:
-    return _table(
+    return table(
         ("model", "policy", "requests", "late", "SLO", "p50", "p95", "p99", "USD"),
         [
             (
@@ -237,7 +237,7 @@ def _models(result: Plain) -> str:
 
 
 def _pools(result: Plain) -> str:
-    return _table(
+    return table(
         (
             "region",
             "pool",
@@ -268,7 +268,7 @@ def _pools(result: Plain) -> str:
 
 
 def _traffic(result: Plain) -> str:
-    return _table(
+    return table(
         ("traffic", "from", "requests", "late", "abroad", "refused", "expired", "lost", "p99"),
         [
             (
@@ -306,10 +306,10 @@ def _history(result: Plain, clock: Clock) -> str:
         )
     left = len(result["history"]) - len(rows) + result["history_left_out"]
     more = f"<p>{left:,} more are in the JSON.</p>" if left > 0 else ""
-    return _table(("when", "what", "where", "change", "why"), rows, numbers_from=99) + more
+    return table(("when", "what", "where", "change", "why"), rows, numbers_from=99) + more
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: int) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: int) -> str:
     def cell(tag: str, i: int, text: str) -> str:
         number = ' class="n"' if i >= numbers_from else ""
         return f"<{tag}{number}>{html.escape(text)}</{tag}>"

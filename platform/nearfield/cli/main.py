@@ -22,6 +22,7 @@ COMMANDS = {
     "gateway": ("gateway", "Run a gateway: what clients reach, before any number of regions."),
     "route": ("route", "Show where a request would go now, and why."),
     "simulate": ("simulate", "Run a scenario through the production policy, in simulated time."),
+    "pools": ("pools", "Price isolation: shared, fair-queued, dedicated pools for products."),
     "rm": ("serve", "Remove models from the region."),
     "tenants": ("tenants", "Who calls and is billed, where their data may be, their limits."),
     "keys": ("keys", "API keys: create, list, rotate, revoke, export; passport secrets."),

@@ -68,7 +68,7 @@ def simulate(
         click.echo(measured[given], err=True)
     started_s, started_cpu_s = time.perf_counter(), time.process_time()
     try:
-        with _progress(read.simulation) as progress:
+        with progress_bar(read.simulation) as progress:
             result = run(read, scenario.parent, seed=seed, mode=mode, progress=progress)
     except InvariantError as broken:
         raise NearfieldError(
@@ -134,7 +134,7 @@ def _write(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[Callable[[float], None]]:
+def progress_bar(name: str) -> Iterator[Callable[[float], None]]:
     """A bar on stderr; nothing where that is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn

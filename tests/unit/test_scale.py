@@ -139,13 +139,13 @@ def test_a_pool_whose_starts_are_overdue_is_replaced_and_tried_again() -> None:
 
 def test_spot_is_spread_over_zones_with_a_spare() -> None:
     zones = [PoolSpec(z, kind="spot", zone=z, max_replicas=9, boot_s=600.0) for z in "abc"]
-    made = world(*zones, boot_s=600.0).run(3600, 60.0)
+    made = world(*zones, boot_s=600.0).run(1500, 60.0)
     counts = made.counts()
     assert max(counts.values()) - min(counts.values()) <= 1
     alone = [PoolSpec("a", max_replicas=20, boot_s=600.0)]
-    steady = world(*alone, boot_s=600.0).run(3600, 60.0)
+    steady = world(*alone, boot_s=600.0).run(1500, 60.0)
     lost = [replace(alone[0], kind="spot")]
-    assert world(*lost, boot_s=600.0).run(3600, 60.0).total > steady.total  # the spare
+    assert world(*lost, boot_s=600.0).run(1500, 60.0).total > steady.total  # the spare
 
 
 def test_noticed_replicas_are_drained_first_and_replaced() -> None:

@@ -102,7 +102,7 @@ class State:
         """As JSON can hold it."""
         return {
             "version": VERSION,
-            "now_s": self.now_s,
+            "now_s": plain(self.now_s),
             "pools": {name: plain(pool) for name, pool in self.pools.items()},
             "groups": {name: plain(group) for name, group in self.groups.items()},
         }

@@ -38,8 +38,9 @@ EDGE, CELLS = 8.0, 96
 """The shape is a histogram from -EDGE to EDGE spreads."""
 CELL = 2 * EDGE / CELLS
 
-FIRST_PRICE = 25.0
-"""What having everybody wait is worth before it is learnt, in the price of serving them."""
+FIRST_PRICE, LONGER = 15.0, 0.4
+"""What having everybody wait is worth before it is learnt, in the price of serving them, with a
+boot of a minute; and the power of a boot it rises with: what is missed is missed for so long."""
 PRICES = (2.0, 300.0)
 REPRICE = 0.003
 """How fast it is learnt: logs per five seconds in which everybody is late."""
@@ -153,6 +154,11 @@ def choose(forecast: float, replica: float, errors: Errors, late_price: float) -
         if cost < best_cost:
             best, best_cost = Choice(replicas, risk), cost
     return best
+
+
+def first_price(lead_s: float) -> float:
+    """The price of lateness before any is known, where a replica serves after so long."""
+    return FIRST_PRICE * (lead_s / 60.0) ** LONGER
 
 
 def reprice(late_price: float, weight: float, late_share: float, allowed: float) -> float:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from nearfield.policy.demand import BIN_S, Demand
 from nearfield.policy.forecast import MEANS_S, Forecast
-from nearfield.policy.headroom import FIRST_PRICE, TICK_S, Errors, choose, reprice
+from nearfield.policy.headroom import TICK_S, Errors, choose, first_price, reprice
 
 BASES = ("level", "mean of 10 min", "mean of 1 h")
 COSTS_S = 7200.0
@@ -52,23 +52,24 @@ class Enough(NamedTuple):
 class Outlook(NamedTuple):
     """What was learnt of one traffic. By base: errors, what it costs, what it asked for lately.
 
-    `last` is the last answer, given when so many bins were `closed`: until the next one closes
-    there is nothing new to decide on.
+    late_price: what lateness is worth; 0 before anything was asked. last: the last answer, given
+    when so many bins were `closed`. Until the next one closes there is nothing new to decide on.
     """
 
     forecast: Forecast = Forecast()
     errors: tuple[Errors, ...] = (Errors(),) * len(BASES)
     costs: tuple[float, ...] = (0.0,) * len(BASES)
     asked: tuple[Amounts, ...] = ((),) * len(BASES)
-    late_price: float = FIRST_PRICE
+    late_price: float = 0.0
     last: Enough = Enough()
     closed: int = -1
 
     def priced(self, work: float, late_share: float, allowed: float) -> Outlook:
         """With the lateness of the work that came since the last step."""
-        if work <= 0.0 or not self.forecast.means or self.forecast.means[0] <= TINY:
+        means = self.forecast.means
+        if work <= 0.0 or self.late_price == 0.0 or not means or means[0] <= TINY:
             return self
-        weight = work / BIN_S / self.forecast.means[0]
+        weight = work / BIN_S / means[0]
         return self._replace(late_price=reprice(self.late_price, weight, late_share, allowed))
 
     def enough(
@@ -92,6 +93,8 @@ class Outlook(NamedTuple):
             return self, self.last
         level = demand.level
         found, ticked = self._replace(closed=demand.closed), False
+        if self.late_price == 0.0:
+            found = found._replace(late_price=first_price(lead_s))
         if self.errors[0].judged == 0:
             unseen = Errors.unseen(lead_s, demand.noise(TICK_S + wait_s))
             found = found._replace(errors=(unseen,) * len(BASES))

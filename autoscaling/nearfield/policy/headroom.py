@@ -158,7 +158,7 @@ def choose(forecast: float, replica: float, errors: Errors, late_price: float) -
 
 def first_price(lead_s: float) -> float:
     """The price of lateness before any is known, where a replica serves after so long."""
-    return FIRST_PRICE * (lead_s / 60.0) ** LONGER
+    return FIRST_PRICE * math.pow(lead_s / 60.0, LONGER)
 
 
 def reprice(late_price: float, weight: float, late_share: float, allowed: float) -> float:

@@ -60,9 +60,8 @@ def test_nothing_is_lost_and_a_flow_keeps_its_order(
             queue.push(item, flow, value)
             waiting.append(item)
         elif what == "pop":
-            ahead = queue.peek()
+            assert queue.pop(lambda _: False) is None
             taken = queue.pop()
-            assert taken is ahead
             assert (taken is None) == (not waiting), "it never idles while somebody waits"
             if taken is not None:
                 first = next(item for item in waiting if item.flow == taken.flow)
@@ -129,3 +128,13 @@ def test_a_request_without_a_cost_is_a_mistake() -> None:
     queue: FairQueue[str] = FairQueue()
     with pytest.raises(ValueError, match="costs 0"):
         queue.push("x", "a", 0.0)
+
+
+def test_a_flow_that_cannot_be_served_keeps_its_turn() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for name in ("long 1", "long 2"):
+        queue.push(name, "long", 10.0)
+    for name in ("short 1", "short 2"):
+        queue.push(name, "short", 10.0)
+    assert queue.pop(lambda item: not item.startswith("long")) == "short 1"
+    assert [queue.pop() for _ in range(3)] == ["long 1", "short 2", "long 2"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from nearfield.core.errors import BadRequest
 from nearfield.simulator.books import Histogram
-from nearfield.simulator.isolation import SHARED, Case, Fare, Group, Row, compare
+from nearfield.simulator.isolation import SHARED, Case, Fare, Group, Order, Row, compare
 from nearfield.simulator.scenario import Scenario
 
 HERE = Path()
@@ -66,20 +66,21 @@ def scenario(*traffic: dict[str, Any], replicas: int = 2, **changes: Any) -> Sce
     )
 
 
-def one(names: tuple[str, ...], replicas: int, *, fair: bool = False) -> Group:
-    return Group(names, ((SHARED, replicas),), fair)
+def one(names: tuple[str, ...], replicas: int, order: Order = "first come") -> Group:
+    return Group(names, ((SHARED, replicas),), order)
 
 
-def test_the_neighbour_is_heard_in_one_pool_less_in_turn_and_not_at_all_apart() -> None:
+def test_the_neighbour_is_heard_in_one_pool_less_in_turn_and_not_apart() -> None:
     case = Case(scenario(), HERE)
     assert case.noisiest == "reports"
     both = ("chat", "reports")
     shared = case.fares(one(both, 3))
-    fair = case.fares(one(both, 3, fair=True))
+    fair = case.fares(one(both, 3, "in turn"))
+    chunks = case.fares(one(both, 3, "in turn by chunk"))
     apart = case.fares(one(("chat",), 1))["chat"]
-    assert shared["chat"].p99_s > fair["chat"].p99_s > apart.p99_s
+    assert shared["chat"].p99_s > fair["chat"].p99_s > chunks["chat"].p99_s
     assert shared["chat"].peak_over_share > fair["chat"].peak_over_share
-    assert apart.over == 0
+    assert chunks["chat"].over == apart.over == 0
     assert shared["chat"].peak_over_share > shared["chat"].over_share, "the peak is the peak"
 
 
@@ -87,7 +88,8 @@ def test_the_same_requests_come_whatever_the_layout() -> None:
     case = Case(scenario(), HERE)
     layouts = [
         case.fares(one(("chat", "reports"), 4)),
-        case.fares(one(("chat", "reports"), 4, fair=True)),
+        case.fares(one(("chat", "reports"), 4, "in turn")),
+        case.fares(one(("chat", "reports"), 4, "in turn by chunk")),
         case.fares(Group(("chat", "reports"), (("chat", 2), (SHARED, 2)))),
         case.fares(one(("chat",), 2)) | case.fares(one(("reports",), 2)),
     ]
@@ -99,13 +101,16 @@ def test_the_same_requests_come_whatever_the_layout() -> None:
     assert case.fares(one(("chat", "reports"), 4)) is layouts[0], "nothing is simulated twice"
 
 
-def test_one_product_alone_is_served_in_order_of_arrival_either_way() -> None:
+@pytest.mark.parametrize("order", ["in turn", "in turn by chunk"])
+def test_one_product_alone_is_served_in_order_of_arrival_either_way(order: Order) -> None:
     case = Case(scenario(), HERE)
     plain = case.fares(one(("reports",), 1))["reports"]
-    fair = case.fares(one(("reports",), 1, fair=True))["reports"]
+    fair = case.fares(one(("reports",), 1, order))["reports"]
     assert fair.ended == plain.ended
     for q in (0.5, 0.95, 0.99):
-        assert fair.quantile_s(q) == pytest.approx(plain.quantile_s(q), rel=0.01)
+        assert fair.quantile_s(q) == pytest.approx(
+            plain.quantile_s(q), rel=0.05
+        )  # chunks are fuller
 
 
 def test_the_comparison_prices_isolation() -> None:
@@ -124,7 +129,9 @@ def test_the_comparison_prices_isolation() -> None:
     assert len(set(times)) == len(times)
     for row in found.rows:
         assert row.usd_per_hour == 2 * row.replicas
+        assert row not in frontier or not row.policy_only
         if row.dominated_by is not None:
+            assert row.dominated_by in frontier
             assert row.dominated_by.usd_per_hour <= row.usd_per_hour
             assert row.dominated_by.others.p99_s <= row.others.p99_s
     for before, after in itertools.pairwise(frontier):

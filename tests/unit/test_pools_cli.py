@@ -98,6 +98,7 @@ def test_a_promise_that_nothing_keeps_is_an_exit_code(
         (["--slo-p99-ms", "report=8000"], "did you mean reports?"),
         (["--noisy", "chta"], "did you mean chat?"),
         (["--model", "n"], "it has m"),
+        (["--product", "chat=1:100/10"], "they stand in place of SCENARIO"),
         (["--price", "g6.xlarge"], "write provider/place/machine"),
         (["--price", "aws/us-east-1/g6.xlarg"], "the catalogue has no machine 'g6.xlarg'"),
     ],
@@ -106,6 +107,40 @@ def test_what_was_typed_wrong_is_said(
     scenario: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["pools", "plan", str(scenario), *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+TYPED = ["pools", "plan", "--product", "chat=0.3:300/20", "--product", "reports=0.02..0.3:4000/20"]
+WHERE = ["--model", "llama-3.1-8b", "--precision", "fp8", "--price", "aws/us-east-1/g6.xlarge"]
+
+
+def test_products_as_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TYPED, *WHERE, "--replicas", "1", "--slo-p99-ms", "1500", "--json"]) in (0, 1)
+    found = json.loads(capsys.readouterr().out)
+    assert found["noisy"] == "reports"
+    assert found["simulation"] == "llama-3.1-8b-on-g6.xlarge"
+    assert found["now"]["pools"] == "shared 1"
+    assert 900 < found["now"]["products"]["chat"]["requests"] < 1300
+    assert "roofline" in found["figures"]["engine and traffic"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["pools", "plan"], "SCENARIO is missing"),
+        ([*TYPED, *WHERE[:4]], "--product goes with --model"),
+        ([*TYPED, "--product", "chat", *WHERE], "write NAME=RPS:IN/OUT"),
+        ([*TYPED, "--product", "chat=1:9/9", *WHERE], "stands there twice"),
+        (
+            [*TYPED, *WHERE[:1], "llama-3.1-70b", *WHERE[2:]],
+            "llama-3.1-70b in fp8 does not fit 1 L4",
+        ),
+    ],
+)
+def test_what_is_missing_is_said(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
     assert said in capsys.readouterr().err
 
 

@@ -11,7 +11,8 @@ it: no capacity is set aside, none is idle while somebody waits.
 A flow is whoever should be kept apart: a product, or a tenant. Cost is tokens, of the prompt where
 prompts are what waits. In any span in which two flows both wait, what they are served differs, by
 weight, by one largest request of each at most. A flow that was idle waits for at most one request
-of each other one, and for the one in service: nothing that has begun is interrupted.
+of each other one, and for the one in service: nothing that has begun is interrupted. Where an
+engine computes prompts in chunks and can change between them, each chunk is a request here.
 
 Source: Goyal, Vin and Cheng, "Start-time Fair Queueing", SIGCOMM 1996. Here a start is computed
 when a request comes to the head of its flow, not when it arrives, so that one that is given up
@@ -21,7 +22,7 @@ costs its flow nothing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -41,7 +42,7 @@ class _Flow(Generic[Item]):
 class FairQueue(Generic[Item]):
     """What waits for one server, by flow. Changed in place: it is on every request's path.
 
-    `push`, `pop` and `peek` take time in the number of flows that wait, never of requests.
+    `push` and `pop` take time in the number of flows that wait, never of requests.
     """
 
     __slots__ = ("_count", "_flows", "_ties", "_virtual")
@@ -80,19 +81,19 @@ class FairQueue(Generic[Item]):
         if len(known.waiting) == 1:
             self._head(known)
 
-    def peek(self) -> Item | None:
-        """Who is next; None: nobody waits."""
-        flow = self._next()
-        return None if flow is None else flow.waiting[0][0]
+    def pop(self, ready: Callable[[Item], bool] | None = None) -> Item | None:
+        """Take who is next; None: nobody waits, or nobody who could be served.
 
-    def pop(self) -> Item | None:
-        """Take who is next."""
-        flow = self._next()
+        Args:
+            ready: whether one at the head of its flow can be served now. Flows that cannot keep
+                their turn.
+        """
+        flow = self._next(ready)
         if flow is None:
             return None
         item, cost = flow.waiting.popleft()
         self._count -= 1
-        self._virtual = flow.start
+        self._virtual = max(self._virtual, flow.start)
         flow.finish = flow.start + cost
         if flow.waiting:
             self._head(flow)
@@ -117,14 +118,13 @@ class FairQueue(Generic[Item]):
         self._ties += 1
         flow.since = self._ties
 
-    def _next(self) -> _Flow[Item] | None:
-        best: _Flow[Item] | None = None
-        for flow in self._flows.values():
-            if flow.waiting and (
-                best is None or (flow.start, flow.since) < (best.start, best.since)
-            ):
-                best = flow
-        return best
+    def _next(self, ready: Callable[[Item], bool] | None) -> _Flow[Item] | None:
+        waiting = [flow for flow in self._flows.values() if flow.waiting]
+        waiting.sort(key=lambda flow: (flow.start, flow.since))
+        for flow in waiting:
+            if ready is None or ready(flow.waiting[0][0]):
+                return flow
+        return None
 
     def _forget(self) -> None:
         """Flows that wait for nothing and owe nothing are as if they had never been."""

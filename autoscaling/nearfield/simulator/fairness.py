@@ -1,92 +1,174 @@
 """Replicas that take products in turn, in the events mode: `policy.fair` in place of first come.
 
-Only the order differs from `engine.Batch`: one prompt after another, none interrupted, as there.
+Only the order differs from `engine.Batch`. Prompt by prompt, one that has begun is computed to its
+end, as in `serving.engines.generate`. Chunk by chunk, another product may come in between: for that
+an engine must hold several prompts that are half computed.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nearfield.policy.fair import FairQueue
-from nearfield.simulator.engine import Batch, Request, Timing
+from nearfield.simulator.engine import DONE, Batch, Request, Timing
 from nearfield.simulator.events import EventWorld
 from nearfield.simulator.fleet import Pool, Replica
 from nearfield.simulator.lane import EventReplica
 from nearfield.simulator.parts import Gateway
 from nearfield.simulator.scenario import Scenario
 
+PIECES = 4
+"""Of a chunk, by chunk: those of several products make up one iteration."""
+Piece = tuple[Request, float]
+"""A part of a prompt, or all of it, and its tokens."""
+
 
 class FairBatch(Batch):
-    """A batch whose next prompt is that of the product whose turn it is.
+    """A batch that computes prompts in the order of whose turn it is.
 
-    One prompt is in the batch and not computed, as in `serving.engines.generate`; the others wait,
-    where they can still be overtaken. `waiting` has them by age.
+    `prefilling` has those that have begun, the ones that are computed now at its front. `waiting`
+    has the others by age: they are not in the batch, so that they can be overtaken.
     """
 
-    __slots__ = ("_products", "_turns")
+    __slots__ = ("_piece_tokens", "_pieces", "_products", "_turns")
 
-    def __init__(self, timing: Timing, max_wait_s: float, products: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        timing: Timing,
+        max_wait_s: float,
+        products: Mapping[str, str],
+        piece_tokens: float = math.inf,
+    ) -> None:
         """
         Args:
             products: by the name of their traffic.
+            piece_tokens: after so many tokens of a prompt it may be another one's turn.
         """
         super().__init__(timing, max_wait_s)
         self._products = products
-        self._turns: FairQueue[Request] = FairQueue()
+        self._piece_tokens = piece_tokens
+        self._turns: FairQueue[Piece] = FairQueue()
+        self._pieces: dict[Request, deque[Piece]] = {}  # those that wait for their turn
 
     def add(self, request: Request, now_s: float) -> bool:
-        if self.waiting or self.prefilling or not self._fits(request):
-            self.waiting.append(request)
-            product = self._products[request.source.name]
-            self._turns.push(request, product, max(1.0, request.prompt))
-            return False
-        return self._enter(request, now_s)
+        left = max(1.0, float(request.prompt))
+        pieces: deque[Piece] = deque()
+        while left > 0:
+            piece = (request, min(left, self._piece_tokens))
+            left -= piece[1]
+            pieces.append(piece)
+            self._turns.push(piece, self._products[request.source.name], piece[1])
+        self._pieces[request] = pieces
+        self.waiting.append(request)
+        return False if self._prompts else self._next(now_s)
 
     def run(self, now_s: float) -> list[Request]:
         done = super().run(now_s)
-        if self.waiting and not self.prefilling:
-            self._join(now_s)
-            self._reckon()
+        if not self._prompts:
+            self._next(now_s)
         return done
 
-    def _join(self, now_s: float) -> None:
+    def _next(self, now_s: float) -> bool:
+        """Begin the pieces whose turn it is, a chunk of them; whether there are any."""
         self.expire(now_s)
-        while not self.prefilling:
-            request = self._turns.peek()
-            if request is None or not self._fits(request):
-                return
-            self._turns.pop()
-            self.waiting.remove(request)
-            self._enter(request, now_s)
+        chunk = self.timing.chunk
+        tokens = 0.0
+        begun: list[Request] = []
+        while True:
+            room = chunk - tokens if begun else math.inf
+            piece = self._turns.pop(partial(self._ready, room=room))
+            if piece is None:
+                break
+            request = piece[0]
+            self._pieces[request].popleft()
+            tokens += piece[1]
+            if request not in self.prefilling:
+                self.waiting.remove(request)
+                self._enter(request, now_s)
+            if request not in begun:
+                begun.append(request)
+        if not begun:
+            return False
+        self._advance(now_s)
+        for request in reversed(begun):
+            self.prefilling.remove(request)
+            self.prefilling.appendleft(request)
+        if not self.decoding:
+            self.progress = 0.0
+        begin = math.ceil(self.progress - DONE)
+        self._prompts = len(begun)
+        self._prompts_end = float(begin + max(1, math.ceil(tokens / chunk)))
+        self._tokens_s = tokens * self.timing.token_s / (self._prompts_end - self.progress)
+        self._reckon()
+        return True
+
+    def _ready(self, piece: Piece, room: float) -> bool:
+        return piece[1] <= room and (piece[0] in self.prefilling or self._fits(piece[0]))
+
+    def _begin_prompts(self) -> None:
+        """Nothing begins but in turn: `_next`."""
+
+    def _join(self, now_s: float) -> None:
+        """Likewise."""
+
+    def _end_prompts(self, now_s: float, done: list[Request]) -> None:
+        """Those of which pieces are left go on later."""
+        begun = [self.prefilling.popleft() for _ in range(self._prompts)]
+        whole = [request for request in begun if not self._pieces[request]]
+        self.prefilling.extend(request for request in begun if self._pieces[request])
+        self.prefilling.extendleft(reversed(whole))
+        for request in whole:
+            del self._pieces[request]
+        self._prompts = len(whole)
+        super()._end_prompts(now_s, done)
 
     def expire(self, now_s: float) -> None:
         known = len(self.expired)
         super().expire(now_s)
         for request in self.expired[known:]:
-            self._turns.remove(request)
+            self._drop(request)
+
+    def _drop(self, request: Request) -> None:
+        for piece in self._pieces.pop(request, ()):
+            self._turns.remove(piece)
 
     def remove(self, gateway: Gateway, now_s: float) -> list[Request]:
-        for request in [each for each in self.waiting if each.gateway is gateway]:
-            self._turns.remove(request)
-        return super().remove(gateway, now_s)
+        gone = super().remove(gateway, now_s)
+        for request in gone:
+            self._drop(request)
+        if gone and not self._prompts:
+            self._next(now_s)
+        return gone
 
     def clear(self) -> list[Request]:
         self._turns = FairQueue()
+        self._pieces = {}
         return super().clear()
 
 
 class FairWorld(EventWorld):
     """A run in which every replica takes products in turn."""
 
-    def __init__(self, scenario: Scenario, folder: Path, **options: Any) -> None:
+    def __init__(
+        self, scenario: Scenario, folder: Path, *, by_chunk: bool = False, **options: Any
+    ) -> None:
         super().__init__(scenario, folder, **options)
         self._products = {t.traffic: t.product or t.traffic for t in scenario.traffic}
+        self._by_chunk = by_chunk
 
     def replica(self, pool: Pool, number: int, name: str) -> Replica:
         replica = super().replica(pool, number, name)
         assert isinstance(replica, EventReplica)
-        batch = replica.batch
-        replica.batch = FairBatch(batch.timing, batch.max_wait_s, self._products)
+        timing = replica.batch.timing
+        replica.batch = FairBatch(
+            timing,
+            replica.batch.max_wait_s,
+            self._products,
+            timing.chunk / PIECES if self._by_chunk else math.inf,
+        )
         return replica

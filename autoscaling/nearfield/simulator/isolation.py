@@ -3,7 +3,8 @@
 One model's products in one region, with the same requests at the same moments, on
 
     shared          one pool, first come, first served
-    fair-queued     one pool, products in turn (`policy.fair`)
+    fair-queued     one pool, products in turn (`policy.fair`), prompt by prompt
+    fair by chunk   likewise, chunk by chunk of the prompts
     dedicated       a pool for each product
     X apart         a pool for X, one for all others
     X first         a pool for X, that may use the others' as well
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product as combinations
 from pathlib import Path
+from typing import Literal
 
 from nearfield.core.errors import BadRequest
 from nearfield.core.problems import did_you_mean
@@ -49,7 +51,11 @@ SPILL_MS = 250.0
 """How much sooner the others' pool must promise an answer before X leaves its own for it."""
 SHARED = "shared"
 FAIR = "fair-queued"
-ONE_POOL = (SHARED, FAIR)
+FAIR_CHUNKS = "fair by chunk"
+ONE_POOL = (SHARED, FAIR, FAIR_CHUNKS)
+POLICY_ONLY = (FAIR, FAIR_CHUNKS)
+"""Layouts that no replica of nearfield's can be set to yet: shown, never chosen."""
+Order = Literal["first come", "in turn", "in turn by chunk"]
 Progress = Callable[[float], None]
 
 
@@ -114,12 +120,12 @@ class Group:
 
     Attributes:
         pools: (whose, replicas); of `SHARED` everybody's in the group.
-        fair: whether replicas take products in turn.
+        order: of the prompts in a replica: first come, or products in turn.
     """
 
     products: tuple[str, ...]
     pools: tuple[tuple[str, int], ...]
-    fair: bool = False
+    order: Order = "first come"
 
     @property
     def replicas(self) -> int:
@@ -133,7 +139,8 @@ class Row:
     Attributes:
         others: the protected products together; fares: each product by itself.
         kept: every promise is.
-        dominated_by: a layout that costs no more and is no slower; None: it is on the frontier.
+        dominated_by: a layout that costs no more and is no slower for the others, and can be had;
+            None: it is on the frontier, or would be.
         ms_per_usd: on the frontier, milliseconds of the others' p99 that each further dollar an
             hour saves, from the cheaper one before it.
     """
@@ -150,6 +157,10 @@ class Row:
     @property
     def replicas(self) -> int:
         return sum(group.replicas for group in self.groups)
+
+    @property
+    def policy_only(self) -> bool:
+        return self.layout in POLICY_ONLY
 
     @property
     def pools(self) -> str:
@@ -177,12 +188,21 @@ class Comparison:
 
     @property
     def frontier(self) -> list[Row]:
-        return [row for row in self.rows if row.dominated_by is None]
+        return [row for row in self.rows if row.dominated_by is None and not row.policy_only]
 
     @property
     def choice(self) -> Row | None:
         """The cheapest that keeps every promise."""
         return next((row for row in self.frontier if row.kept), None)
+
+    @property
+    def hoped_for(self) -> Row | None:
+        """A cheaper one that would, if replicas could be set to it."""
+        found = next((row for row in self.rows if row.policy_only and row.kept), None)
+        choice = self.choice
+        if found is None or (choice is not None and choice.usd_per_hour <= found.usd_per_hour):
+            return None
+        return found
 
 
 # ---- the case ------------------------------------------------------------------------------------
@@ -302,19 +322,25 @@ class Case:
 
     def least(self, products: Sequence[str]) -> int:
         """Replicas that can do the mean of the products' work."""
+        return max(1, math.ceil(self._busy(products)))
+
+    def enough(self, utilisation: float) -> int:
+        """Replicas of a pool for everybody that are so busy in the mean."""
+        return max(1, math.ceil(self._busy(self.products) / utilisation))
+
+    def _busy(self, products: Sequence[str]) -> float:
+        """Replicas that the products keep busy in the mean."""
         timing = Timing.of(next(e for e in self.scenario.engines if e.engine == self.pool.engine))
         rates = [self.lengths[name] for name in products]
         rps = sum(rate for rate, _, _ in rates)
         prompt = sum(rate * prompt for rate, prompt, _ in rates) / rps
         answer = sum(rate * answer for rate, _, answer in rates) / rps
-        return max(1, math.ceil(rps / timing.full_rps(prompt, answer)))
+        return rps / timing.full_rps(prompt, answer)
 
     def fares(self, group: Group) -> dict[str, Fare]:
         """How each product fares there. Simulated once, event by event."""
         if group not in self._fared:
-            world = (FairWorld if group.fair else EventWorld)(
-                self._scenario(group), self.folder, seed=self.seed
-            )
+            world = self._world(group)
             world.run()
             self.runs += 1
             self.requests += sum(source.tally.arrived for source in world.sources)
@@ -333,6 +359,13 @@ class Case:
                         fare.peak_over += tally.windows[i].late
             self._fared[group] = fares
         return self._fared[group]
+
+    def _world(self, group: Group) -> EventWorld:
+        scenario = self._scenario(group)
+        if group.order == "first come":
+            return EventWorld(scenario, self.folder, seed=self.seed)
+        by_chunk = group.order == "in turn by chunk"
+        return FairWorld(scenario, self.folder, seed=self.seed, by_chunk=by_chunk)
 
     def _scenario(self, group: Group) -> s.Scenario:
         """The case with the group's pools and products alone. Faults are left out."""
@@ -473,7 +506,8 @@ class _Search:
         apart = [(name,) for name in names]
         kinds: list[tuple[str, Callable[[int], list[tuple[Group, ...]]]]] = [
             (SHARED, lambda n: [(Group(names, ((SHARED, n),)),)]),
-            (FAIR, lambda n: [(Group(names, ((SHARED, n),), fair=True),)]),
+            (FAIR, lambda n: [(Group(names, ((SHARED, n),), "in turn"),)]),
+            (FAIR_CHUNKS, lambda n: [(Group(names, ((SHARED, n),), "in turn by chunk"),)]),
             ("dedicated", lambda n: self._split(apart, n)),
         ]
         for name in names:
@@ -482,6 +516,7 @@ class _Search:
                 kinds.append((f"{name} apart", self._apart(name, rest)))
             kinds.append((f"{name} first", self._first(name)))
         kept: set[str] = set()
+        settled: set[str] = set()
         last = self.sizes[-1]
         for done, replicas in enumerate(self.sizes):
             if replicas > last:
@@ -489,7 +524,7 @@ class _Search:
             beyond = bool(kept) and not self._thorough
             for i, (layout, options) in enumerate(kinds):
                 self._progress((done + i / len(kinds)) / (last - self.sizes[0] + 1))
-                if beyond and layout not in kept and layout not in ONE_POOL:
+                if layout in settled or (beyond and layout not in (*kept, *ONE_POOL)):
                     continue
                 found = [self.row(layout, groups) for groups in options(replicas)]
                 found = [row for row in found if self._serves(row)]
@@ -498,7 +533,7 @@ class _Search:
                 best = min(found, key=self._worth)
                 yield best
                 if best.kept:
-                    kept.add(layout)
+                    (settled if best.policy_only else kept).add(layout)
             if kept and not self._thorough:
                 last = min(last, replicas if beyond else replicas + 1)
         self._progress(1.0)
@@ -567,6 +602,9 @@ def _frontier(rows: Sequence[Row]) -> list[Row]:
     for row in ordered:
         if best is not None and row.others.p99_s >= best.others.p99_s:
             done.append(replace(row, dominated_by=best))
+            continue
+        if row.policy_only:
+            done.append(row)
             continue
         gained = None
         if best is not None and math.isfinite(best.others.p99_s):

@@ -18,7 +18,7 @@ def page(found: Mapping[str, Any]) -> str:
     """The page of what `nearfield pools plan --json` prints."""
     now, choice = found["now"], found["choice"]
     figures = [f"{what}: {whence}" for what, whence in found["figures"].items()] + [
-        f"{layout}: policy only, no replica runs it yet" for layout in found["not_wired"]
+        f"{layout}: policy only, no replica can be set to it yet" for layout in found["policy_only"]
     ]
     if choice is None:
         verdict = "No layout that was looked at keeps the promises."
@@ -93,7 +93,7 @@ def _plot(found: Mapping[str, Any]) -> str:
     parts.append(
         f'<text class="x" x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 4}">USD a month</text>'
     )
-    frontier = [row for row in rows if row["dominated_by"] is None]
+    frontier = [row for row in rows if row["dominated_by"] is None and not row["policy_only"]]
     steps = ""
     for row in frontier:
         at_x, at_y = x(row["usd_per_month"]), y(row["others"]["p99_ms"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,11 @@ from nearfield.core.errors import BadRequest
 
 if TYPE_CHECKING:
     from nearfield.simulator.isolation import Comparison, Fare, Row
+    from nearfield.simulator.scenario import Scenario
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 HOURS = 730.0
 """Of a month."""
-NOT_WIRED = ("fair-queued",)
-"""Layouts whose policy no replica runs yet."""
 
 
 @click.group(invoke_without_command=True)
@@ -35,8 +36,17 @@ def pools(ctx: click.Context) -> None:
 
 
 @pools.command
-@click.argument("scenario", type=_FILE, metavar="SCENARIO")
-@click.option("--model", help="Which, where the scenario has several.")
+@click.argument("scenario", type=_FILE, metavar="[SCENARIO]", required=False)
+@click.option(
+    "--product",
+    "products",
+    multiple=True,
+    metavar="NAME=RPS:IN/OUT",
+    help="Instead of a scenario, each product: requests/s, or BASE..BURST for a minute in eight; "
+    "tokens of a prompt and of an answer, the mean. With --model and --price.",
+)
+@click.option("--model", help="Which of the scenario's; with --product, as of `nearfield plan`.")
+@click.option("--precision", help="With --product: of the weights. [default: the checkpoint's]")
 @click.option(
     "--noisy", metavar="PRODUCT", help="Whom to protect the others from. [default: who bursts most]"
 )
@@ -63,9 +73,9 @@ def pools(ctx: click.Context) -> None:
 @click.option("--report", type=_FILE, metavar="FILE.html", help="Write the page with the plot.")
 @json_option
 def plan(
-    scenario: Path, model: str | None, noisy: str | None, goals: tuple[str, ...],
-    replicas: int | None, price: str | None, seed: int | None, thorough: bool,
-    report: Path | None, as_json: bool,
+    scenario: Path | None, products: tuple[str, ...], model: str | None, precision: str | None,
+    noisy: str | None, goals: tuple[str, ...], replicas: int | None, price: str | None,
+    seed: int | None, thorough: bool, report: Path | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Price isolation: what pools of their own would cost products, and gain them.
 
@@ -82,6 +92,8 @@ def plan(
     nearfield pools plan examples/scenarios/shared-cluster.yaml
     nearfield pools plan mine.yaml --slo-p99-ms 500 --slo-p99-ms reports=8000
     nearfield pools plan mine.yaml --price aws/us-east-1/g6.xlarge --report pools.html
+    nearfield pools plan --model llama-3.1-8b --precision fp8 --price aws/us-east-1/g6.xlarge \\
+        --product chat=9:400/120 --product reports=0.2..2.5:6000/180
 
     Exit code 1 if no layout keeps the promises, 2 if the scenario is invalid.
     """
@@ -91,12 +103,28 @@ def plan(
     from nearfield.simulator.scenario import read
 
     goal_s, goals_s = _goals(goals)
-    usd_per_hour, label = _price(price)
-    found = read(scenario)
-    if isinstance(found, list):
-        print_problems(found)
-        return EXIT_INVALID
-    case = Case(found, scenario.parent, model=model, usd_per_hour=usd_per_hour, seed=seed)
+    machine = None if price is None else _machine(price)
+    source = Source("assumed, the scenario's", "assumed, the scenario's")
+    folder = Path()
+    if machine is not None:
+        source = replace(source, price=f"published, {price} in nearfield's catalogue")
+    if scenario is None:
+        found = _typed(products, model, precision, machine, replicas)
+        source = replace(source, engine="assumed: a roofline, as typed")
+    elif products or precision:
+        raise BadRequest(
+            "--product, --precision: they stand in place of SCENARIO: leave one out",
+            param="product",
+        )
+    else:
+        read_one = read(scenario)
+        if isinstance(read_one, list):
+            print_problems(read_one)
+            return EXIT_INVALID
+        found, folder = read_one, scenario.parent
+    usd_per_hour = None if machine is None else machine.usd_per_hour
+    served = model if scenario is not None else None
+    case = Case(found, folder, model=served, usd_per_hour=usd_per_hour, seed=seed)
     with progress_bar(found.simulation) as progress:
         comparison = compare(
             case,
@@ -110,11 +138,11 @@ def plan(
     if report is not None:
         from nearfield.simulator.isolation_page import page
 
-        report.write_text(page(plain(comparison, label)), encoding="utf-8")
+        report.write_text(page(plain(comparison, source)), encoding="utf-8")
     if as_json:
-        print_json(plain(comparison, label))
+        print_json(plain(comparison, source))
     else:
-        _show(comparison, label)
+        _show(comparison, source)
         if report is not None:
             click.echo(f"written: {report}")
     return 0 if comparison.choice is not None else EXIT_FAILED
@@ -141,10 +169,26 @@ def _goals(given: tuple[str, ...]) -> tuple[float, dict[str, float]]:
     return goal_ms / 1000, goals_s
 
 
-def _price(given: str | None) -> tuple[float | None, str]:
-    """A machine's price on demand, and where it is from."""
-    if given is None:
-        return None, "assumed, the scenario's"
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where figures are from that are not simulated."""
+
+    price: str
+    engine: str
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a replica runs on. name: `aws/us-east-1/g6.xlarge`."""
+
+    name: str
+    usd_per_hour: float
+    accelerator: str
+    chips: int
+
+
+def _machine(given: str) -> Machine:
+    """Of the catalogue, on demand."""
     from nearfield.core.catalog_files import read_catalog
     from nearfield.core.problems import did_you_mean
 
@@ -156,33 +200,69 @@ def _price(given: str | None) -> tuple[float | None, str]:
             param="price",
         )
     prices = read_catalog().prices
-    provider, place, machine = parts
-    known: dict[str, Any] = {name: file.offers for name, file in prices.items()}
-    for what, name in (("provider", provider), ("place", place), ("machine", machine)):
-        if name not in known:
-            near = did_you_mean(name, list(known))
-            few = ", ".join(sorted(known)[:8]) + (", …" if len(known) > 8 else "")
+    provider, place, name = parts
+
+    def known(what: str, wanted: str, names: Collection[str]) -> None:
+        if wanted not in names:
+            near = did_you_mean(wanted, list(names))
+            few = ", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else "")
             raise BadRequest(
-                f"--price: the catalogue has no {what} {name!r}: "
+                f"--price: the catalogue has no {what} {wanted!r}: "
                 + (f"did you mean {near}?" if near else f"it has {few}"),
                 param="price",
             )
-        known = known[name]  # the last is an offer
-        if what == "place":
-            known = dict(known)
-    offer: Any = known
-    if offer.on_demand_usd_h is None:
-        raise BadRequest(f"--price: {given} is sold as spot only", param="price")
-    return float(offer.on_demand_usd_h), f"published, {given} in nearfield's catalogue"
+
+    known("provider", provider, prices)
+    file = prices[provider]
+    known("place", place, file.offers)
+    known("machine", name, file.offers[place])
+    usd = file.offers[place][name].on_demand_usd_h
+    if usd is None:
+        raise BadRequest(f"--price: {given} is sold as spot only: choose another", param="price")
+    machine = file.machines[name]
+    return Machine(given, float(usd), machine.accelerator, machine.count)
+
+
+def _typed(
+    products: tuple[str, ...], model: str | None, precision: str | None, machine: Machine | None,
+    replicas: int | None,
+) -> Scenario:  # fmt: skip
+    """The case that the options describe."""
+    from nearfield.cli.pools_case import case_of
+    from nearfield.core.catalog_files import read_catalog
+
+    if not products:
+        raise BadRequest(
+            "SCENARIO is missing: name a file, or say --product, --model and --price",
+            param="scenario",
+        )
+    if model is None or machine is None:
+        raise BadRequest(
+            "--product goes with --model llama-3.1-8b and --price aws/us-east-1/g6.xlarge: what "
+            "is served, and on which machine",
+            param="model",
+        )
+    return case_of(
+        products,
+        read_catalog(),
+        model=model,
+        precision=precision,
+        machine=machine.name,
+        usd_per_hour=machine.usd_per_hour,
+        accelerator=machine.accelerator,
+        chips=machine.chips,
+        replicas=replicas,
+        hours=1.0,
+    )
 
 
 # ---- showing it ----------------------------------------------------------------------------------
 
 
-def plain(comparison: Comparison, price: str) -> dict[str, Any]:
+def plain(comparison: Comparison, source: Source) -> dict[str, Any]:
     """All of it as JSON: what was simulated by itself, apart from what was assumed."""
     case, choice = comparison.case, comparison.choice
-    now = comparison.now
+    now, hoped_for = comparison.now, comparison.hoped_for
     return {
         "simulation": case.scenario.simulation,
         "model": case.model,
@@ -191,14 +271,15 @@ def plain(comparison: Comparison, price: str) -> dict[str, Any]:
         "promised_p99_ms": {name: _ms(s) for name, s in comparison.goals_s.items()},
         "now": _row(comparison, now),
         "choice": None if choice is None else _row(comparison, choice),
+        "would_be_cheaper": None if hoped_for is None else _row(comparison, hoped_for),
         "rows": [_row(comparison, row) for row in comparison.rows],
         "simulated": {"runs": comparison.runs, "requests": comparison.requests},
         "figures": {
             "times and shares": "simulated, event by event",
-            "usd_per_hour": f"replicas x {case.pool.usd_per_hour:g} USD an hour: {price}",
-            "engine and traffic": "assumed, the scenario's",
+            "usd_per_hour": f"replicas x {case.pool.usd_per_hour:g} USD an hour: {source.price}",
+            "engine and traffic": source.engine,
         },
-        "not_wired": list(NOT_WIRED),
+        "policy_only": sorted({row.layout for row in comparison.rows if row.policy_only}),
     }
 
 
@@ -214,6 +295,7 @@ def _row(comparison: Comparison, row: Row) -> dict[str, Any]:
         "others": _fare(row.others),
         "products": {name: _fare(fare) for name, fare in row.fares.items()},
         "promises_kept": row.kept,
+        "policy_only": row.policy_only,
         "dominated_by": None if row.dominated_by is None else row.dominated_by.pools,
         "dominated_by_layout": None if row.dominated_by is None else row.dominated_by.layout,
         "p99_ms_saved_per_usd_per_hour": None if row.ms_per_usd is None
@@ -238,7 +320,7 @@ def _ms(seconds: float) -> float | None:
     return round(1000 * seconds, 1) if math.isfinite(seconds) else None
 
 
-def _show(comparison: Comparison, price: str) -> None:
+def _show(comparison: Comparison, source: Source) -> None:
     case, now, noisy = comparison.case, comparison.now, comparison.noisy
     choice = comparison.choice
     names = [name for name in case.products if name != noisy] + [noisy]
@@ -259,7 +341,7 @@ def _show(comparison: Comparison, price: str) -> None:
         if row.dominated_by is not None:
             better = row.dominated_by
             mark.append(f"dominated by {better.layout}, {better.pools}")
-        starred = "*" if row.layout in NOT_WIRED else ""
+        starred = "*" if row.policy_only else ""
         rows.append(
             [
                 row.layout + starred,
@@ -279,7 +361,7 @@ def _show(comparison: Comparison, price: str) -> None:
     if choice is None:
         click.echo(
             f"No layout up to {comparison.rows[-1].replicas} replicas keeps the promises: "
-            "allow more with --slo-p99-ms, or say --all."
+            "allow more with --slo-p99-ms, or begin with more --replicas."
         )
     else:
         extra = (choice.usd_per_hour - now.usd_per_hour) * HOURS
@@ -289,13 +371,20 @@ def _show(comparison: Comparison, price: str) -> None:
             f"({100 * (choice.usd_per_hour / now.usd_per_hour - 1):+.0f} %); {noisy} "
             f"{_time(now.fares[noisy].p99_s)} → {_time(choice.fares[noisy].p99_s)}."
         )
-    if any(row.layout in NOT_WIRED for row in comparison.rows):
-        click.echo("* policy only: no replica of nearfield's takes products in turn yet.")
+    if (hoped_for := comparison.hoped_for) is not None:
+        more = 100 * (hoped_for.usd_per_hour / now.usd_per_hour - 1)
+        click.echo(
+            f"{hoped_for.layout}* would do with {hoped_for.replicas} replicas ({more:+.0f} %): "
+            f"{_time(hoped_for.others.p99_s)}; {noisy} {_time(hoped_for.fares[noisy].p99_s)}."
+        )
+    if any(row.policy_only for row in comparison.rows):
+        click.echo("* policy only: no replica can be set to it yet, so it is never the choice.")
     click.echo(
         click.style(
             f"Times and shares are simulated: {comparison.requests:,} requests in "
             f"{comparison.runs} runs, seed {case.seed}. A replica costs "
-            f"{case.pool.usd_per_hour:g} USD an hour ({price}). Engine and traffic are assumed.",
+            f"{case.pool.usd_per_hour:g} USD an hour ({source.price}). Engine and traffic: "
+            f"{source.engine}.",
             dim=True,
         )
     )

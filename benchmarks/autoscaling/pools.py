@@ -1,6 +1,6 @@
 """A shared cluster's noisy neighbour, and what pools of their own cost: simulated.
 
-    python -m benchmarks.autoscaling.pools
+    python -m benchmarks.autoscaling pools
 
 The case is `examples/scenarios/shared-cluster.yaml`: seven replicas on which one product's bursts
 make 5 to 10 % of the others' requests at the peak take over 2 s, 2,200 ms at p99. The target is
@@ -31,7 +31,7 @@ MOST_S, MOST_MORE = 0.7, 0.15
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.autoscaling.pools")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.autoscaling pools")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where to write")
     results: Path = parser.parse_args(arguments).results
     scenario = read(CASE)
@@ -98,9 +98,10 @@ def _text(found: Comparison, choice: Row, rows: list[dict[str, Any]]) -> str:
         "# A noisy neighbour, and what it costs to be rid of it",
         "",
         "Every time and share is simulated, event by event, by the production routing, ranking and",
-        f"limits. A replica costs {found.case.pool.usd_per_hour:g} USD an hour ({PRICE}); engine",
-        "and traffic are assumed: `examples/scenarios/shared-cluster.yaml`. Written by",
-        "`python -m benchmarks.autoscaling.pools`.",
+        f"limits. A replica costs {found.case.pool.usd_per_hour:g} USD an hour",
+        f"({PRICE}); engine and traffic are",
+        "assumed: `examples/scenarios/shared-cluster.yaml`. Written by",
+        "`python -m benchmarks.autoscaling pools`.",
         "",
         f"| seed | layout | cost | others' p99 | over 2 s at the peak | {found.noisy} p95 | "
         f"{found.noisy} failed |",

@@ -149,6 +149,27 @@ def test_the_same_seed_gives_the_same_rows() -> None:
     assert rows() == rows()
 
 
+def test_a_limit_is_kept_and_refuses_the_noise() -> None:
+    case = Case(scenario(), HERE)
+    both, limit = ("chat", "reports"), 100_000
+    plain = case.fares(one(both, 2))
+    limited = case.fares(Group(both, ((SHARED, 2),), limits=(("reports", limit),)))
+    assert limited["chat"].over_share < plain["chat"].over_share
+    assert limited["chat"].failed <= plain["chat"].failed
+    refused = limited["reports"].failed_share
+    assert 0.05 < refused < 0.9
+    work = sum(case.work["reports"].values())
+    let_in = work * (1 - refused)  # about: long ones are refused more often than short ones
+    assert let_in <= 1.3 * (limit + limit / 60 * case.scenario.duration_s)
+
+    short = Case(scenario(duration_s=120), HERE)
+    found = compare(short, goal_s=1.0, now=2, limits={"reports": 20_000})
+    rows = [row for row in found.rows if row.layout == "limited"]
+    assert rows
+    assert all(row.offered is False for row in rows), "it is shown, and never chosen"
+    assert found.choice is None or found.choice.layout != "limited"
+
+
 def test_who_was_refused_was_not_served_quickly() -> None:
     ttft = Histogram()
     ttft.add(0.1, 98)

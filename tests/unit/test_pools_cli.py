@@ -96,6 +96,7 @@ def test_a_promise_that_nothing_keeps_is_an_exit_code(
     [
         (["--slo-p99-ms", "soon"], "write 700, or reports=8000"),
         (["--slo-p99-ms", "report=8000"], "did you mean reports?"),
+        (["--limit", "reports=many"], "write reports=60000"),
         (["--noisy", "chta"], "did you mean chat?"),
         (["--model", "n"], "it has m"),
         (["--product", "chat=1:100/10"], "they stand in place of SCENARIO"),

@@ -8,6 +8,7 @@ One model's products in one region, with the same requests at the same moments, 
     dedicated       a pool for each product
     X apart         a pool for X, one for all others
     X first         a pool for X, that may use the others' as well
+    limited         one pool, and a limit on some product's tokens (`policy.quota`)
 
 each with more and more replicas, until the products that are to be protected keep what they were
 promised. Pools that share nothing are simulated by themselves: what is in one changes nothing in
@@ -37,6 +38,7 @@ from nearfield.simulator.books import Histogram, merged
 from nearfield.simulator.engine import Timing
 from nearfield.simulator.events import EventWorld
 from nearfield.simulator.fairness import FairWorld
+from nearfield.simulator.limited import LimitedWorld
 
 PEAK = 0.1
 """The busiest tenth of the time, by the work that arrives, is the peak."""
@@ -52,6 +54,7 @@ SPILL_MS = 250.0
 SHARED = "shared"
 FAIR = "fair-queued"
 FAIR_CHUNKS = "fair by chunk"
+LIMITED = "limited"
 ONE_POOL = (SHARED, FAIR, FAIR_CHUNKS)
 POLICY_ONLY = (FAIR, FAIR_CHUNKS)
 """Layouts that no replica of nearfield's can be set to yet: shown, never chosen."""
@@ -121,11 +124,13 @@ class Group:
     Attributes:
         pools: (whose, replicas); of `SHARED` everybody's in the group.
         order: of the prompts in a replica: first come, or products in turn.
+        limits: tokens a minute by product, for those that have a limit.
     """
 
     products: tuple[str, ...]
     pools: tuple[tuple[str, int], ...]
     order: Order = "first come"
+    limits: tuple[tuple[str, int], ...] = ()
 
     @property
     def replicas(self) -> int:
@@ -163,6 +168,12 @@ class Row:
         return self.layout in POLICY_ONLY
 
     @property
+    def offered(self) -> bool:
+        """Whether it may be chosen: replicas can be set to it, and it serves all products."""
+        worst = max((fare.failed_share for fare in self.fares.values()), default=0.0)
+        return not self.policy_only and worst <= MOST_FAILED
+
+    @property
     def pools(self) -> str:
         """`assistant 3 + reports 5`."""
         return " + ".join(f"{whose} {n}" for group in self.groups for whose, n in group.pools)
@@ -188,12 +199,16 @@ class Comparison:
 
     @property
     def frontier(self) -> list[Row]:
-        return [row for row in self.rows if row.dominated_by is None and not row.policy_only]
+        return [
+            row
+            for row in self.rows
+            if row.dominated_by is None and (row.offered or row is self.now)
+        ]
 
     @property
     def choice(self) -> Row | None:
         """The cheapest that keeps every promise."""
-        return next((row for row in self.frontier if row.kept), None)
+        return next((row for row in self.frontier if row.kept and row.offered), None)
 
     @property
     def hoped_for(self) -> Row | None:
@@ -362,6 +377,13 @@ class Case:
 
     def _world(self, group: Group) -> EventWorld:
         scenario = self._scenario(group)
+        if group.limits:
+            limits = {
+                traffic.traffic: (name, tokens)
+                for name, tokens in group.limits
+                for traffic in self.traffic[name]
+            }
+            return LimitedWorld(scenario, self.folder, seed=self.seed, limits=limits)
         if group.order == "first come":
             return EventWorld(scenario, self.folder, seed=self.seed)
         by_chunk = group.order == "in turn by chunk"
@@ -436,6 +458,7 @@ def compare(
     goal_s: float = 0.7,
     goals_s: Mapping[str, float] | None = None,
     now: int | None = None,
+    limits: Mapping[str, int] | None = None,
     thorough: bool = False,
     progress: Progress = lambda share: None,
 ) -> Comparison:
@@ -446,6 +469,8 @@ def compare(
         goal_s: the p99 that every other product is promised. goals_s: instead of it, by product;
             the noisy one has none unless it stands here.
         now: replicas of the shared pool as it is; absent: as the scenario begins.
+        limits: tokens a minute that some products may have: compared too, and never chosen where
+            it refuses much.
         thorough: look at every size of every layout. Else the search ends one replica beyond the
             first layouts that keep the promises: what the next dollar would buy.
 
@@ -453,23 +478,24 @@ def compare(
         BadRequest: it knows no such product.
     """
     noisy = noisy or case.noisiest
-    for name in (noisy, *(goals_s or ())):
+    limited = tuple(sorted((limits or {}).items()))
+    for name in (noisy, *(goals_s or ()), *(limits or ())):
         if name not in case.products:
             near = did_you_mean(name, case.products)
             raise BadRequest(
-                f"--noisy, --slo-p99-ms: {name!r} is no product of this case: "
+                f"--noisy, --slo-p99-ms, --limit: {name!r} is no product of this case: "
                 + (f"did you mean {near}?" if near else f"it has {', '.join(case.products)}"),
                 param="noisy",
             )
     promised = {name: goal_s for name in case.products if name != noisy} | dict(goals_s or {})
     pool = case.pool
     present = now or pool.initial_replicas or pool.min_replicas or case.least(case.products)
-    search = _Search(case, noisy, promised, present, thorough, progress)
+    search = _Search(case, noisy, promised, present, limited, thorough, progress)
     rows = list(search.rows())
     base = search.row(SHARED, (Group(case.products, ((SHARED, present),)),))
     if all(row.groups != base.groups for row in rows):
         rows.append(base)
-    done = _frontier(rows)
+    done = _frontier(rows, base)
     return Comparison(
         case,
         noisy,
@@ -490,6 +516,7 @@ class _Search:
         noisy: str,
         goals_s: Mapping[str, float],
         present: int,
+        limits: tuple[tuple[str, int], ...],
         thorough: bool,
         progress: Progress,
     ) -> None:
@@ -498,6 +525,7 @@ class _Search:
         self.others = tuple(name for name in case.products if name != noisy)
         self.goals_s = goals_s
         self.sizes = range(max(1, present - 1), math.ceil(present * (1 + MOST_MORE)) + 1)
+        self._limits = limits
         self._thorough = thorough
         self._progress = progress
 
@@ -510,6 +538,9 @@ class _Search:
             (FAIR_CHUNKS, lambda n: [(Group(names, ((SHARED, n),), "in turn by chunk"),)]),
             ("dedicated", lambda n: self._split(apart, n)),
         ]
+        if self._limits:
+            limited = self._limits
+            kinds.append((LIMITED, lambda n: [(Group(names, ((SHARED, n),), limits=limited),)]))
         for name in names:
             rest = tuple(other for other in names if other != name)
             if len(rest) > 1:
@@ -533,7 +564,7 @@ class _Search:
                 best = min(found, key=self._worth)
                 yield best
                 if best.kept:
-                    (settled if best.policy_only else kept).add(layout)
+                    (kept if best.offered else settled).add(layout)
             if kept and not self._thorough:
                 last = min(last, replicas if beyond else replicas + 1)
         self._progress(1.0)
@@ -550,7 +581,10 @@ class _Search:
         return Row(layout, groups, usd, fares, others, kept)
 
     def _serves(self, row: Row) -> bool:
-        return all(fare.failed_share <= MOST_FAILED for fare in row.fares.values())
+        limited = dict(self._limits) if row.layout == LIMITED else {}
+        return all(
+            fare.failed_share <= MOST_FAILED or name in limited for name, fare in row.fares.items()
+        )
 
     def _worth(self, row: Row) -> tuple[bool, float, float]:
         """Of one layout and size: the promises first. Where they are kept the noisy product gets
@@ -594,7 +628,7 @@ class _Search:
         return options
 
 
-def _frontier(rows: Sequence[Row]) -> list[Row]:
+def _frontier(rows: Sequence[Row], now: Row) -> list[Row]:
     """The rows by cost, each with what dominates it, or with what its last dollars have bought."""
     ordered = sorted(rows, key=lambda row: (row.usd_per_hour, row.others.p99_s, row.layout))
     done: list[Row] = []
@@ -603,7 +637,7 @@ def _frontier(rows: Sequence[Row]) -> list[Row]:
         if best is not None and row.others.p99_s >= best.others.p99_s:
             done.append(replace(row, dominated_by=best))
             continue
-        if row.policy_only:
+        if not row.offered and row.groups != now.groups:
             done.append(row)
             continue
         gained = None

@@ -93,7 +93,7 @@ def _plot(found: Mapping[str, Any]) -> str:
     parts.append(
         f'<text class="x" x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 4}">USD a month</text>'
     )
-    frontier = [row for row in rows if row["dominated_by"] is None and not row["policy_only"]]
+    frontier = [row for row in rows if row["dominated_by"] is None and row["offered"]]
     steps = ""
     for row in frontier:
         at_x, at_y = x(row["usd_per_month"]), y(row["others"]["p99_ms"])

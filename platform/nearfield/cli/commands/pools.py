@@ -68,6 +68,13 @@ def pools(ctx: click.Context) -> None:
     metavar="PROVIDER/PLACE/MACHINE",
     help="A replica's price from the catalogue: aws/us-east-1/g6.xlarge. [default: the scenario's]",
 )
+@click.option(
+    "--limit",
+    "limited",
+    multiple=True,
+    metavar="PRODUCT=TOKENS",
+    help="Compare with a limit on its tokens a minute, too: who pays then is refused.",
+)
 @click.option("--seed", type=int, help="Instead of the scenario's.")
 @click.option("--all", "thorough", is_flag=True, help="Every size, to 60 % more than now. Slow.")
 @click.option("--report", type=_FILE, metavar="FILE.html", help="Write the page with the plot.")
@@ -75,7 +82,7 @@ def pools(ctx: click.Context) -> None:
 def plan(
     scenario: Path | None, products: tuple[str, ...], model: str | None, precision: str | None,
     noisy: str | None, goals: tuple[str, ...], replicas: int | None, price: str | None,
-    seed: int | None, thorough: bool, report: Path | None, as_json: bool,
+    limited: tuple[str, ...], seed: int | None, thorough: bool, report: Path | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Price isolation: what pools of their own would cost products, and gain them.
 
@@ -132,6 +139,7 @@ def plan(
             goal_s=goal_s,
             goals_s=goals_s,
             now=replicas,
+            limits=_limits(limited),
             thorough=thorough,
             progress=progress,
         )
@@ -167,6 +175,20 @@ def _goals(given: tuple[str, ...]) -> tuple[float, dict[str, float]]:
         else:
             goal_ms = goal
     return goal_ms / 1000, goals_s
+
+
+def _limits(given: tuple[str, ...]) -> dict[str, int]:
+    """Tokens a minute, by product."""
+    limits = {}
+    for text in given:
+        name, _, number = text.rpartition("=")
+        if not name or not number.isdigit() or int(number) == 0:
+            raise BadRequest(
+                f"--limit: {text!r} is none: write reports=60000, in tokens a minute",
+                param="limit",
+            )
+        limits[name] = int(number)
+    return limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +318,7 @@ def _row(comparison: Comparison, row: Row) -> dict[str, Any]:
         "products": {name: _fare(fare) for name, fare in row.fares.items()},
         "promises_kept": row.kept,
         "policy_only": row.policy_only,
+        "offered": row.offered,
         "dominated_by": None if row.dominated_by is None else row.dominated_by.pools,
         "dominated_by_layout": None if row.dominated_by is None else row.dominated_by.layout,
         "p99_ms_saved_per_usd_per_hour": None if row.ms_per_usd is None
@@ -338,6 +361,8 @@ def _show(comparison: Comparison, source: Source) -> None:
             mark.append(click.style("cheapest that keeps the promises", fg="green"))
         elif row.kept:
             mark.append("keeps the promises")
+        if not row.offered and not row.policy_only:
+            mark.append("refuses too many")
         if row.dominated_by is not None:
             better = row.dominated_by
             mark.append(f"dominated by {better.layout}, {better.pools}")

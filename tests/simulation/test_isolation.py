@@ -114,7 +114,7 @@ def test_one_product_alone_is_served_in_order_of_arrival_either_way(order: Order
 
 
 def test_the_comparison_prices_isolation() -> None:
-    found = compare(Case(scenario(replicas=3), HERE), goal_s=1.0)
+    found = compare(Case(scenario(replicas=3, duration_s=150), HERE), goal_s=1.0)
     assert found.noisy == "reports"
     assert found.now.layout == SHARED
     assert found.now.replicas == 3
@@ -143,7 +143,7 @@ def test_the_comparison_prices_isolation() -> None:
 
 def test_the_same_seed_gives_the_same_rows() -> None:
     def rows() -> list[tuple[str, str, float]]:
-        found = compare(Case(scenario(duration_s=90), HERE, seed=4), goal_s=1.0, now=2)
+        found = compare(Case(scenario(duration_s=60), HERE, seed=4), goal_s=1.0, now=2)
         return [(row.layout, row.pools, row.others.p99_s) for row in found.rows]
 
     assert rows() == rows()

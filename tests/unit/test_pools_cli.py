@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/scenarios/shared-cluster.yaml"
 SMALL = """
 simulation: small
-duration_s: 120
+duration_s: 80
 regions: [{region: eu, jurisdiction: eu}]
 engines: [{engine: l4, prefill_tokens_per_s: 6000, step_ms: 30}]
 models: [{model: m}]
@@ -87,8 +87,8 @@ def test_json_and_a_published_price(scenario: Path, capsys: pytest.CaptureFixtur
 def test_a_promise_that_nothing_keeps_is_an_exit_code(
     scenario: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["pools", "plan", str(scenario), "--slo-p99-ms", "chat=1"]) == 1
-    assert "No layout up to 4 replicas keeps the promises" in capsys.readouterr().out
+    assert main(["pools", "plan", str(scenario), "--slo-p99-ms", "chat=1", "--replicas", "1"]) == 1
+    assert "No layout up to 2 replicas keeps the promises" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,7 @@ def test_a_promise_that_nothing_keeps_is_an_exit_code(
     [
         (["--slo-p99-ms", "soon"], "write 700, or reports=8000"),
         (["--slo-p99-ms", "report=8000"], "did you mean reports?"),
+        (["--report", "nowhere/pools.html"], "nowhere does not exist"),
         (["--limit", "reports=many"], "write reports=60000"),
         (["--noisy", "chta"], "did you mean chat?"),
         (["--model", "n"], "it has m"),

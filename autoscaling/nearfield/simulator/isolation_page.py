@@ -41,14 +41,18 @@ def page(found: Mapping[str, Any]) -> str:
 
 def _rows(found: Mapping[str, Any]) -> str:
     products = list(found["now"]["products"])
-    head = ["layout", "pools", "USD/month", "over now", "others p99", "over 2 s, peak"]
-    head += [f"{name} p99" for name in products] + ["ms saved per USD/h", ""]
+    head = ["layout", "pools", "", "USD/month", "over now", "others p99", "over 2 s, peak"]
+    head += [f"{name} p99" for name in products] + ["ms saved per USD/h"]
     rows = []
     for row in found["rows"]:
         saved = row["p99_ms_saved_per_usd_per_hour"]
         words = (
             [] if row["pools"] != found["now"]["pools"] or row["layout"] != "shared" else ["now"]
         )
+        if row["policy_only"]:
+            words.append("policy only")
+        elif not row["offered"]:
+            words.append("refuses too many")
         if row["promises_kept"]:
             words.append("keeps the promises")
         if row["dominated_by"] is not None:
@@ -57,16 +61,16 @@ def _rows(found: Mapping[str, Any]) -> str:
             [
                 row["layout"],
                 row["pools"],
+                ", ".join(words),
                 f"{row['usd_per_month']:,.0f}",
                 f"{100 * row['cost_over_now']:+.0f} %",
                 _time(row["others"]["p99_ms"]),
                 f"{100 * row['others']['over_2_s_at_peak']:.1f} %",
                 *(_time(row["products"][name]["p99_ms"]) for name in products),
                 "" if saved is None else f"{saved:,.0f}",
-                ", ".join(words),
             ]
         )
-    return table(head, rows, numbers_from=2)
+    return table(head, rows, numbers_from=3)
 
 
 def _plot(found: Mapping[str, Any]) -> str:
@@ -93,7 +97,11 @@ def _plot(found: Mapping[str, Any]) -> str:
     parts.append(
         f'<text class="x" x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 4}">USD a month</text>'
     )
-    frontier = [row for row in rows if row["dominated_by"] is None and row["offered"]]
+    frontier = [
+        row
+        for row in rows
+        if row["dominated_by"] is None and (row["offered"] or row == found["now"])
+    ]
     steps = ""
     for row in frontier:
         at_x, at_y = x(row["usd_per_month"]), y(row["others"]["p99_ms"])

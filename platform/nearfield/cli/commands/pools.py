@@ -105,11 +105,13 @@ def plan(
     Exit code 1 if no layout keeps the promises, 2 if the scenario is invalid.
     """
     from nearfield.cli.commands.check import print_problems
-    from nearfield.cli.commands.simulate import progress_bar
+    from nearfield.cli.commands.simulate import progress_bar, write_file
     from nearfield.simulator.isolation import Case, compare
     from nearfield.simulator.scenario import read
 
     goal_s, goals_s = _goals(goals)
+    if report is not None and not report.parent.is_dir():
+        raise BadRequest(f"{report.parent} does not exist: create it, or name another file.")
     machine = None if price is None else _machine(price)
     source = Source("assumed, the scenario's", "assumed, the scenario's")
     folder = Path()
@@ -146,7 +148,7 @@ def plan(
     if report is not None:
         from nearfield.simulator.isolation_page import page
 
-        report.write_text(page(plain(comparison, source)), encoding="utf-8")
+        write_file(report, page(plain(comparison, source)))
     if as_json:
         print_json(plain(comparison, source))
     else:

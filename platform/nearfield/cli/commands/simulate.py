@@ -80,11 +80,11 @@ def simulate(
     if report is not None:
         from nearfield.simulator.report import page
 
-        _write(report, page(result))
+        write_file(report, page(result))
     if out is not None:
         import json
 
-        _write(out, json.dumps(result, indent=2) + "\n")
+        write_file(out, json.dumps(result, indent=2) + "\n")
     if as_json:
         speed = {
             "wall_s": round(wall_s, 3),
@@ -126,7 +126,7 @@ def _calibrated(scenario: Scenario, given: str) -> tuple[Scenario, object]:
     return calibrate(scenario, engine if equals else None, Path(file if equals else given))
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from nearfield.cli.commands.pools import Source, plain
-from nearfield.simulator.isolation import Case, Comparison, Fare, Row, compare
+from nearfield.simulator.isolation import Comparison, Row, compare
 from nearfield.simulator.isolation_page import page
+from nearfield.simulator.neighbours import Case, Fare
 from nearfield.simulator.scenario import Scenario, read
 
 ROOT = Path(__file__).parents[2]

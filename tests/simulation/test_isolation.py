@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from nearfield.core.errors import BadRequest
 from nearfield.simulator.books import Histogram
-from nearfield.simulator.isolation import SHARED, Case, Fare, Group, Order, Row, compare
+from nearfield.simulator.isolation import Row, compare
+from nearfield.simulator.neighbours import SHARED, Case, Fare, Group, Order
 from nearfield.simulator.scenario import Scenario
 
 HERE = Path()

@@ -60,7 +60,7 @@ def case_of(
     if replicas is None:
         from pathlib import Path
 
-        from nearfield.simulator.isolation import Case
+        from nearfield.simulator.neighbours import Case
 
         replicas = Case(scenario, Path()).enough(UTILISATION)
     data["pools"] = [{**pool, "initial_replicas": replicas}]

@@ -14,7 +14,8 @@ from nearfield.cli.output import json_option, print_json, print_table
 from nearfield.core.errors import BadRequest
 
 if TYPE_CHECKING:
-    from nearfield.simulator.isolation import Comparison, Fare, Row
+    from nearfield.simulator.isolation import Comparison, Row
+    from nearfield.simulator.neighbours import Fare
     from nearfield.simulator.scenario import Scenario
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -106,7 +107,8 @@ def plan(
     """
     from nearfield.cli.commands.check import print_problems
     from nearfield.cli.commands.simulate import progress_bar, write_file
-    from nearfield.simulator.isolation import Case, compare
+    from nearfield.simulator.isolation import compare
+    from nearfield.simulator.neighbours import Case
     from nearfield.simulator.scenario import read
 
     goal_s, goals_s = _goals(goals)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS = {"pools": "a noisy neighbour on a shared cluster, and what pools of its own cost"}
+COMMANDS = {
+    "pools": "a noisy neighbour on a shared cluster, and what pools of its own cost",
+    "record": "a real run for `nearfield simulate --calibrate`",
+}
 
 
 def main(arguments: list[str]) -> int:

@@ -203,11 +203,11 @@ def test_a_request_that_needed_two_tries(
     expect(sheet.locator(".waterfall .in-vain")).to_contain_text("no connection")
     expect(sheet.locator(".decision tr.chosen")).to_have_count(1)
     expect(sheet.locator(".decision tbody tr")).not_to_have_count(1)
-    assert page.url.endswith(f"#request={entry.request_id}")
+    expect(page).to_have_url(re.compile(f"#request={entry.request_id}$"))
     picture(page, "console-request")
     page.keyboard.press("Escape")
     expect(sheet).not_to_be_visible()
-    assert page.url.endswith("/console")
+    expect(page).to_have_url(re.compile("/console$"))
 
 
 def test_a_link_to_a_request_and_one_that_is_not_known(look: Look, gateway: Gateway) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from nearfield.api.keys import Principal
+from nearfield.core.errors import Unavailable
 from nearfield.edge.proxy.ports import NEVER_SENT, Attempt, Leg
 from nearfield.policy.endpoints import DEFAULT, Caller
 from nearfield.policy.explain import Explanation
@@ -31,9 +32,10 @@ remembered for it if another one dies."""
 AVOID: Final = b"x-nearfield-avoid"
 """Replicas that failed on it, as their answers named them: another one is to have it, if any is."""
 
-REPLICA_LOST: Final = "replica_lost"
+_REPLICA_LOST: Final = "replica_lost"
 """The code of a region's gateway that cannot run a request again which was inside a replica that
 died: whoever sent it may, elsewhere, as a suspect."""
+_REPLICA_LOST_SAID: Final = _REPLICA_LOST.encode("ascii")
 
 
 @dataclass(slots=True, eq=False)
@@ -120,6 +122,25 @@ class Routed(Leg):
     trial: bool = False
     explain: Callable[[], Explanation] | None = None
     first_byte_s: float = 0.0
+
+
+def replica_gone(*, suspect: bool) -> Unavailable:
+    """A region's word that nobody is left for what was inside a replica that is gone.
+
+    Args:
+        suspect: it may have killed it: whoever sent it here is to know.
+    """
+    return Unavailable(
+        "The replica that had this request is gone, and its region has no other for it at the "
+        "moment. Send the request again later.",
+        code=_REPLICA_LOST if suspect else "no_capacity",
+        retry_after_s=1.0,
+    )
+
+
+def said_replica_lost(attempt: Attempt) -> bool:
+    """Whether another gateway has answered so of a suspect."""
+    return attempt.code == _REPLICA_LOST_SAID
 
 
 def crossed(attempt: Attempt, first: str | None) -> bool:

@@ -23,7 +23,7 @@ from nearfield.api.load import Target as Told
 from nearfield.core.spec import ModelSpec
 from nearfield.edge.beliefs import Beliefs, Peer
 from nearfield.edge.known import Books, Key, Known
-from nearfield.edge.proxy.ports import Target
+from nearfield.edge.proxy.ports import REPLICA, Target
 from nearfield.edge.speed import ASSUMED, Meter, together
 from nearfield.policy.endpoints import Endpoint, EndpointState, Health
 from nearfield.policy.rank import Place, ReplicaState, places
@@ -66,12 +66,12 @@ class Replica(Peer):
             there, and their tokens, when it was asked.
         gone_s: since when it is no longer named; None: it is.
         speed: what is to be expected of it. trials: requests on trial there.
-        shown: the header fields that name it.
+        shown_name: its id as header fields have it. shown: the header fields that name it.
     """
 
     __slots__ = (
         "address", "endpoint", "gone_s", "id", "load", "meter", "number", "own_at", "shown",
-        "speed", "trials", "work_at",
+        "shown_name", "speed", "trials", "work_at",
     )  # fmt: skip
     target: Target
 
@@ -88,8 +88,8 @@ class Replica(Peer):
         self.speed = endpoint.speed
         self.gone_s: float | None = None
         self.trials = 0
-        name = re.sub(r"[^!-~]", "?", self.id).encode("ascii")
-        self.shown = (*endpoint.shown, (b"x-nearfield-replica", name))
+        self.shown_name = re.sub(r"[^!-~]", "?", self.id).encode("ascii")
+        self.shown = (*endpoint.shown, (REPLICA, self.shown_name))
 
     def state(self, health: Health, weight: float, *, open_: bool) -> ReplicaState:
         """As the policy ranks it."""

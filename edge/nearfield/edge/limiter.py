@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nearfield.core.errors import NearfieldError, Unavailable
-from nearfield.edge.decisions import REPLICA_LOST, Admission, Routed
+from nearfield.edge.decisions import Admission, Routed, replica_gone
 from nearfield.edge.proxy.ports import Answer, Attempt, Grant, Leg, Request, Router, Soon, Target
 from nearfield.edge.retries import BudgetRetries
 from nearfield.policy.limit import Limit, Window, comparable_s, full, refusal
@@ -222,13 +222,7 @@ class LimitedRouter:
                 return found
             leg = found
         if admission.confined is not None and attempts:
-            suspect = admission.accused or admission.trial is not None
-            return Unavailable(
-                "The replica that had this request is gone, and its region has no other for it at "
-                "the moment. Send the request again later.",
-                code=REPLICA_LOST if suspect else "no_capacity",
-                retry_after_s=1.0,
-            )
+            return replica_gone(suspect=admission.accused or admission.trial is not None)
         upstream = self._upstreams[_key_of(first)]
         return refusal(
             upstream.limit,

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
-from nearfield.edge.decisions import FROM, REPLICA_LOST, Admission, Routed, crossed
+from nearfield.edge.decisions import FROM, Admission, Routed, crossed, said_replica_lost
 from nearfield.edge.proxy.ports import NEVER_SENT, Attempt, Grant, Request, Target
 from nearfield.edge.suspects import Suspects
 from nearfield.policy import retry
@@ -34,7 +34,6 @@ TOGETHER_S: Final = 2.0
 MARK_S: Final = 1.0
 NOBODY_THERE: Final = frozenset((b"no_capacity", b"no_healthy_region", b"not_here"))
 """Codes of a region's gateway that had nobody to give the request to: it was never run there."""
-_REPLICA_LOST: Final = REPLICA_LOST.encode()
 SAFE_METHODS: Final = frozenset((b"GET", b"HEAD", b"OPTIONS"))
 
 
@@ -169,7 +168,7 @@ class BudgetRetries:
         last = attempts[-1]
         now_s = self._clock()
         admission: Admission = grant.about
-        if last.code == _REPLICA_LOST:
+        if said_replica_lost(last):
             admission.accused = True
             self.suspects.accused_elsewhere(request)
         region = _region(attempts[0])
@@ -202,7 +201,7 @@ class BudgetRetries:
         failure = attempt.failure
         if _never_run(attempt):
             return "refused"
-        if failure == "abandoned" or attempt.code == _REPLICA_LOST:
+        if failure == "abandoned" or said_replica_lost(attempt):
             return "died"
         died_s, ended_s = self._deaths.get(attempt.leg.target), attempt.ended_s
         if failure != "closed" or died_s is None or ended_s is None:

@@ -34,13 +34,14 @@ from nearfield.edge.beliefs import Peer
 from nearfield.edge.decisions import (
     AVOID,
     FROM,
-    REPLICA_LOST,
     SUSPECT,
     TRIAL,
     VERSION,
     Admission,
     Routed,
     crossed,
+    replica_gone,
+    said_replica_lost,
 )
 from nearfield.edge.home import WAY_S, HomeEndpoint, Replica
 from nearfield.edge.known import Known
@@ -70,7 +71,6 @@ RETRY_S = 1.0
 """When to come back where nothing better is known."""
 SETTLED_S = 0.05
 """A region whose processes die one after another still answers so long after the first."""
-_REPLICA_LOST = REPLICA_LOST.encode("ascii")
 
 ANYBODY = Admission(Principal("", None, "", frozenset({"inference"}), None, None), Caller())
 """Whoever was let in by a Gate that says nothing about it."""
@@ -388,12 +388,7 @@ class WorldRouter:
         if _over(case):
             lost = self._is_lost(_first_region(case.attempts))
             if case.admission.accused and case.home_only and not lost:
-                return Unavailable(
-                    "The replica that had this request is gone, and its region has no other for "
-                    "it at the moment. Send the request again later.",
-                    code=REPLICA_LOST,
-                    retry_after_s=RETRY_S,
-                )
+                return replica_gone(suspect=True)
             way = self._last_resort(planned, case, {a.leg.target for a in case.attempts})
             if way is not None:
                 return way
@@ -818,7 +813,7 @@ def _may_repeat(case: _Case, region: str) -> bool:
     or the moment's. A region whose only replica died starts another, which is waited for.
     """
     runs = [each for each in case.attempts if _is_at(each, region)]
-    if len(runs) == 1 and runs[0].code == _REPLICA_LOST:
+    if len(runs) == 1 and said_replica_lost(runs[0]):
         return True
     return all(
         each.failure == "status" and is_fault(each.status, retry_after=each.retry_after)
@@ -829,7 +824,7 @@ def _may_repeat(case: _Case, region: str) -> bool:
 def _avoiding(places: tuple[Place, ...], known: HomeEndpoint, names: bytes) -> tuple[Place, ...]:
     """Those that another gateway has not seen failing; all, if there is no other."""
     avoided = names.split(b",")
-    others = [p for p in places if known.by_number[p.number].shown[-1][1] not in avoided]
+    others = [p for p in places if known.by_number[p.number].shown_name not in avoided]
     return tuple(others) or places
 
 

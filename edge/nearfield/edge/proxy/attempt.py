@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from nearfield.api.error_bodies import ERROR_CODE
-from nearfield.edge.proxy.ports import Attempt, FailureKind, Grant, Leg, Request
+from nearfield.edge.proxy.ports import REPLICA, Attempt, FailureKind, Grant, Leg, Request
 from nearfield.edge.proxy.rewrite import upstream_head
 from nearfield.edge.proxy.upstream import Upstream
 
@@ -75,7 +75,7 @@ class Try(Attempt):
             for name, value in fields:
                 if name == ERROR_CODE:
                     self.code = value
-                elif name == b"x-nearfield-replica":
+                elif name == REPLICA:
                     self.replica = value
                 elif name == b"retry-after":
                     self.retry_after = status == 503

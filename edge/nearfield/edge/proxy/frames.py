@@ -88,8 +88,6 @@ class Frames:
             self._rest = data[at:]
             end = at
         self._left_bytes = at - end
-        if not self._left_bytes:
-            self._dropping = False
         if not parts:
             return data if begin == 0 and end == len(data) else data[begin:end]
         parts.append(data[begin:end])

@@ -37,6 +37,8 @@ FailureKind: TypeAlias = Literal[
     "deadline",
     "cancelled",  # the client left, or another try won
 ]
+REPLICA = b"x-nearfield-replica"
+"""The header field of an answer that names who it is from."""
 NEVER_SENT: frozenset[FailureKind] = frozenset({"refused", "connect_timeout"})
 """After these the target cannot have seen the request."""
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from nearfield.core.errors import BadRequest
 from nearfield.core.spec import GenerateEngine as GenerateSpec
 from nearfield.core.spec import ModelSpec
 from nearfield.serving.engines import llama_files
-from nearfield.serving.engines.decoder import FUSED_ARCHITECTURES, Decoder, FusedDecoder, KVShape
+from nearfield.serving.engines.decoder import FUSED_ARCHITECTURES, Decoder, FusedDecoder
 from safetensors import SafetensorError
 
 log = logging.getLogger("nearfield.engine")
@@ -72,7 +71,12 @@ def _through_transformers(
     spec: ModelSpec, engine: GenerateSpec, directory: Path
 ) -> tuple[Decoder, Checkpoint]:
     """Whatever transformers can load, over its own module where we have no loop for it."""
-    from nearfield.serving.engines.module_decoder import ModuleDecoder, fused, quantize
+    from nearfield.serving.engines.module_decoder import (
+        ModuleDecoder,
+        fused,
+        kv_shape,
+        quantize,
+    )
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -96,7 +100,7 @@ def _through_transformers(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unloadable(architecture, error) from error
     model = model.eval().to(device)
-    shape = _kv_shape(config)
+    shape = kv_shape(config)
     bounds = _bounds(engine, context, shape.bytes_per_token(dtype), device)
     int8 = engine.quantization == "int8"
     parameters = sum(p.numel() for p in model.parameters())
@@ -177,21 +181,6 @@ def _dtype(spec: ModelSpec, own: torch.dtype | None, device: torch.device) -> to
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if own is None else own
-
-
-def _kv_shape(config: Any) -> KVShape:
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise BadRequest(
-            f"source: this model's layers are {', '.join(sorted(kinds))}; engine generate serves "
-            "models whose layers all attend in full. On a GPU, engine vllm serves it."
-        )
-    heads = config.num_attention_heads
-    return KVShape(
-        config.num_hidden_layers,
-        getattr(config, "num_key_value_heads", None) or heads,
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
-    )
 
 
 def _kv_tokens(

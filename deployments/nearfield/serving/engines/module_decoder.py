@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from nearfield.core.errors import BadRequest
 from nearfield.serving.engines.decoder import (
     FusedDecoder,
     FusedShape,
@@ -98,18 +99,38 @@ class ModuleDecoder:
         return logits[torch.arange(rows, device=self.device), last]
 
 
+def kv_shape(config: Any) -> KVShape:
+    """Of a config of transformers.
+
+    Raises:
+        BadRequest: its layers do not all attend in full.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise BadRequest(
+            f"source: this model's layers are {', '.join(sorted(kinds))}; engine generate serves "
+            "models whose layers all attend in full. On a GPU, engine vllm serves it."
+        )
+    heads = config.num_attention_heads
+    return KVShape(
+        config.num_hidden_layers,
+        getattr(config, "num_key_value_heads", None) or heads,
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+
+
 def fused(model: Any, kv_tokens: int, max_model_len: int, *, int8: bool = False) -> FusedDecoder:
     """The lean loop over the weights of a module that transformers has loaded."""
     config, rotary = model.config, model.model.rotary_emb
-    heads = config.num_attention_heads
+    kv = kv_shape(config)
     shape = FusedShape(
         config.vocab_size,
         config.hidden_size,
         config.intermediate_size,
-        config.num_hidden_layers,
-        heads,
-        config.num_key_value_heads,
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
+        kv.layers,
+        config.num_attention_heads,
+        kv.heads,
+        kv.head_dim,
         config.rms_norm_eps,
     )
     turns = Rotary(rotary.inv_freq, float(rotary.attention_scaling))

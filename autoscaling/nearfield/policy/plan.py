@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from nearfield.core.architecture import Architecture
@@ -209,7 +209,8 @@ def plan(
         for name, machines in by_accelerator.items():
             kind = market.kinds[name]
             most = max((_largest_group(kind, machine) for machine in machines), default=0)
-            key = (_per_replica(workload), name, most)
+            # All of a workload but its rate decides about one replica.
+            key = (replace(workload, rps=0.0), name, most)
             if key not in made:
                 made[key] = replicas_of(model, kind, workload, wishes, chips=most or None)
             found.append(_cheapest(name, *made[key], machines, workload, wishes, region))
@@ -300,18 +301,6 @@ def _too_slow(setup: Setup, workload: Workload, wishes: Wishes) -> tuple[int, st
     )
 
 
-def _per_replica(workload: Workload) -> Workload:
-    """What of a workload decides about one replica: all but the rate."""
-    return Workload(
-        0.0,
-        workload.tokens_in,
-        workload.tokens_out,
-        workload.context,
-        workload.ttft_slo_s,
-        workload.tpot_slo_s,
-    )
-
-
 def _largest_group(kind: Kind, machine: Machine) -> int:
     return kind.chip.group if machine.by_chip else min(kind.chip.group, machine.count)
 
@@ -349,7 +338,7 @@ def price(replica: Replica, machine: Machine, rps: float, wishes: Wishes) -> Cho
         return None
     else:
         each, unit = machine.count // replica.chips, 1.0
-    needed = max(1, math.ceil(rps * (1.0 + wishes.headroom) / replica.load.rps - 1e-9))
+    needed = _needed(replica, rps, wishes)
     ways: list[tuple[Part, ...]] = []
     if machine.on_demand_usd_h is not None:
         ways.append((_part("on-demand", needed, each, unit * machine.on_demand_usd_h),))
@@ -368,6 +357,11 @@ def price(replica: Replica, machine: Machine, rps: float, wishes: Wishes) -> Cho
     return Choice(replica, machine, needed, parts)
 
 
+def _needed(replica: Replica, rps: float, wishes: Wishes) -> int:
+    """Replicas for so many requests/s, with headroom."""
+    return max(1, math.ceil(rps * (1.0 + wishes.headroom) / replica.load.rps - 1e-9))
+
+
 def _part(capacity: Literal["on-demand", "spot"], replicas: int, each: int, usd_h: float) -> Part:
     machines = math.ceil(replicas / each)
     return Part(capacity, replicas, machines, machines * usd_h)
@@ -375,20 +369,15 @@ def _part(capacity: Literal["on-demand", "spot"], replicas: int, each: int, usd_
 
 def _decided(region: str, workload: Workload, found: Iterable[Lost]) -> RegionPlan:
     able = sorted(
-        (each for each in found if each.best is not None),
-        key=lambda each: (each.best.usd_h if each.best else math.inf, each.accelerator),
+        (each.best for each in found if each.best is not None),
+        key=lambda choice: (choice.usd_h, choice.machine.accelerator),
     )
     unable = [each for each in found if each.best is None]
     unable.sort(key=lambda each: not each.priced)  # first those that money could buy
     if not able:
         return RegionPlan(region, workload, None, tuple(unable))
-    chosen = able[0].best
-    assert chosen is not None
-    lost = [
-        Lost(each.accelerator, _dearer(each.best, chosen), each.best)
-        for each in able[1:]
-        if each.best is not None
-    ]
+    chosen, *others = able
+    lost = [Lost(each.machine.accelerator, _dearer(each, chosen), each) for each in others]
     return RegionPlan(region, workload, chosen, (*lost, *unable))
 
 
@@ -456,7 +445,7 @@ def own(
     for replica in replicas:
         if replica.chips > ownership.accelerators:
             continue
-        needed = max(1, math.ceil(rps * (1.0 + wishes.headroom) / replica.load.rps - 1e-9))
+        needed = _needed(replica, rps, wishes)
         machines = math.ceil(needed / (ownership.accelerators // replica.chips))
         usd_h = machines * ownership.usd_h
         if best is None or usd_h < best.usd_h:

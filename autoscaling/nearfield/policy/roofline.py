@@ -160,9 +160,7 @@ class Setup:
         total = tokens * prompts
         operations = 2.0 * model.active * total
         causal = 1.0 if model.task == "embed" else 0.5
-        reach = tokens if model.window is None else min(tokens, model.window)
-        far = (model.layers - model.windowed_layers) * tokens + model.windowed_layers * reach
-        operations += 2.0 * causal * total * model.attention_width * far
+        operations += 2.0 * causal * total * model.attention_width * model.reach(tokens)
         if model.task == "generate":  # the head computes the last position only
             operations -= 2.0 * model.head * (total - prompts)
         compute_s = operations / (self._rate() * self.chips)

@@ -85,13 +85,15 @@ class Architecture:
         missed = math.pow(1.0 - self.experts_active / self.experts, tokens)
         return self.dense + self.expert * self.experts * self.expert_layers * (1.0 - missed)
 
-    def cached(self, tokens: float) -> float:
-        """Elements that a sequence of so many tokens keeps in the cache."""
-        if self.task == "embed":
-            return 0.0
+    def reach(self, tokens: float) -> float:
+        """Tokens of so many that a layer looks back on, summed over layers."""
         full = self.layers - self.windowed_layers
         short = tokens if self.window is None else min(tokens, self.window)
-        return self.kv_width * (full * tokens + self.windowed_layers * short)
+        return full * tokens + self.windowed_layers * short
+
+    def cached(self, tokens: float) -> float:
+        """Elements that a sequence of so many tokens keeps in the cache."""
+        return 0.0 if self.task == "embed" else self.kv_width * self.reach(tokens)
 
 
 def architecture_of(name: str, config: Mapping[str, Any]) -> Architecture:

@@ -29,14 +29,11 @@ from typing import Literal
 
 from nearfield.core.architecture import Architecture
 
-Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
-"""Of the weights. `bf16` and `fp16` are one where a chip has only the other; `int4` weights are
-unpacked and computed with in 16 bits."""
-
 WEIGHT_BYTES: dict[str, float] = {
     "fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5625
 }  # fmt: skip
-"""Bytes a parameter; int4 with one 16-bit scale for each 32."""
+"""Bytes a parameter, by precision of the weights; int4 with one 16-bit scale for each 32, unpacked
+and computed with in 16 bits. `bf16` and `fp16` are one where a chip has only the other."""
 
 USABLE = 0.9
 """Share of a chip's memory for weights and cache; vLLM's default `gpu_memory_utilization`."""

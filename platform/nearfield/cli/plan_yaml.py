@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 from nearfield.cli.model_sizes import ModelSize
+from nearfield.cli.ray_head import REQUEST_TIMEOUT_S
 from nearfield.core.catalog import Accelerator
 from nearfield.core.errors import BadRequest
 from nearfield.core.serve_config import MODEL_BUILDER, MODEL_DEPLOYMENT
@@ -16,7 +17,6 @@ QUEUE = 2
 SPOT_HANDICAP_MS = 0.0
 ON_DEMAND_HANDICAP_MS = 5.0
 """By how much a request rather goes to spot, which is paid for less: `pool.handicap_ms`."""
-FIRST_TIMEOUT_S = 3660
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 _QUANTISED = {"fp8": "fp8", "int8": "compressed-tensors", "int4": "awq"}
 
@@ -36,12 +36,11 @@ def config_of(plan: RegionPlan, size: ModelSize, accelerator: Accelerator) -> st
             "hf://org/model, its folder, or a model's YAML",
             param="write",
         )
-    several = len(choice.parts) > 1
     document = {
         "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": 8000, "request_timeout_s": FIRST_TIMEOUT_S},
+        "http_options": {"host": "127.0.0.1", "port": 8000, "request_timeout_s": REQUEST_TIMEOUT_S},
         "applications": [
-            _application(part, choice, plan, size, accelerator, several) for part in choice.parts
+            _application(part, choice, plan, size, accelerator) for part in choice.parts
         ],
     }
     text: str = yaml.safe_dump(document, sort_keys=False, width=96)
@@ -77,16 +76,13 @@ def _head(plan: RegionPlan, choice: Choice, size: ModelSize) -> str:
 
 
 def _application(
-    part: Part,
-    choice: Choice,
-    plan: RegionPlan,
-    size: ModelSize,
-    accelerator: Accelerator,
-    several: bool,
+    part: Part, choice: Choice, plan: RegionPlan, size: ModelSize, accelerator: Accelerator
 ) -> dict[str, Any]:
+    several = len(choice.parts) > 1
     name = f"{size.name}-{part.capacity}" if several else size.name
     replica = choice.replica
     running = replica.load.running
+    queued = running * QUEUE
     pool: dict[str, Any] = {"name": part.capacity, "unit_usd": _unit_usd(part, choice, plan)}
     if several:
         spot = part.capacity == "spot"
@@ -95,14 +91,11 @@ def _application(
         "model": size.name,
         "source": size.source,
         "engine": _engine(choice, plan, size),
-        "limits": {
-            "max_running": min(running, 4096),
-            "max_queued": min(max(running * QUEUE, 1), 65536),
-        },
+        "limits": {"max_running": running, "max_queued": queued},
         "pool": pool,
     }
     dtype = _DTYPES.get(replica.setup.precision)
-    if dtype is not None and choice.replica.kind.engine != "generate":
+    if dtype is not None and replica.kind.engine != "generate":
         args["dtype"] = dtype
     return {
         "name": name,
@@ -112,7 +105,7 @@ def _application(
         "deployments": [
             {
                 "name": MODEL_DEPLOYMENT,
-                "max_ongoing_requests": running + args["limits"]["max_queued"],
+                "max_ongoing_requests": running + queued,
                 "autoscaling_config": {
                     "min_replicas": 1,
                     "max_replicas": max(2 * part.replicas, 2),
@@ -129,7 +122,7 @@ def _engine(choice: Choice, plan: RegionPlan, size: ModelSize) -> dict[str, Any]
     setup, kind = choice.replica.setup, choice.replica.kind
     running = choice.replica.load.running
     if size.architecture.task == "embed":
-        return {"kind": "embed", "max_batch": min(running, 4096)}
+        return {"kind": "embed", "max_batch": running}
     if kind.engine == "generate":
         engine: dict[str, Any] = {"kind": "generate", "max_batch": min(running, 1024)}
         if setup.precision == "int8":

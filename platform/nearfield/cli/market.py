@@ -179,10 +179,13 @@ def _region(
 def _ours(
     given: str, rps: float | None, catalog: Catalog, providers: Sequence[str], within_km: float
 ) -> Wanted:
-    from nearfield.cli.region_files import packaged, read
+    from nearfield.cli.region_files import packaged, path_of
     from nearfield.edge.distance import Place, apart_km
+    from nearfield.edge.files import read_region
 
-    if "/" not in given and not given.endswith((".yaml", ".yml")) and given not in packaged():
+    try:
+        path = path_of(given)
+    except BadRequest:
         near = did_you_mean(given, [*packaged(), *_places(catalog, providers)])
         raise BadRequest(
             f"--regions: there is no region {given!r}: "
@@ -190,8 +193,8 @@ def _ours(
             + f"Name one of {', '.join(packaged())}, a region's file, or a cloud's region as "
             "gcp/europe-west4",
             param="regions",
-        )
-    _, file = read(given)
+        ) from None
+    file = read_region(path)
     here = Place(file.location.latitude, file.location.longitude)
     near_by = []
     for provider in providers:

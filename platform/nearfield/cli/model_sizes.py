@@ -6,13 +6,12 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from nearfield.core.architecture import Architecture, UnknownArchitecture, architecture_of
 from nearfield.core.catalog import KnownModel
-from nearfield.core.errors import BadRequest
+from nearfield.core.errors import BadRequest, NotFound
 from nearfield.core.problems import did_you_mean
 
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "bf16", "half": "fp16"}
@@ -109,13 +108,13 @@ def _from_source(source: str, known: Mapping[str, KnownModel]) -> ModelSize:
     if scheme == "builtin":
         if (name := _known_name(rest, known)) is not None:
             return _from_known(name, known[name], source)
-        place = find_spec("nearfield.serving")  # found without importing it
-        folders = place.submodule_search_locations if place else None
-        for folder in folders or ():
-            shipped = Path(folder) / "builtin" / rest / "config.json"
-            if shipped.is_file():
-                return _from_config(_read(shipped), source, rest, source)
-        raise BadRequest(f"{source} does not ship with nearfield", param="model")
+        from nearfield.weights.resolve import builtin
+
+        try:
+            shipped = builtin(rest) / "config.json"
+        except NotFound:
+            raise BadRequest(f"{source} does not ship with nearfield", param="model") from None
+        return _from_config(_read(shipped), source, rest, source)
     if scheme == "file":
         return _from_config(_read(Path(rest) / "config.json"), source, Path(rest).name, source)
     if scheme == "hf":

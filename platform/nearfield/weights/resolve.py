@@ -44,7 +44,7 @@ def resolve(spec: ModelSpec) -> Path | None:
         return None
     scheme, _, rest = spec.source.partition("://")
     directory = {
-        "builtin": lambda: _builtin(rest),
+        "builtin": lambda: builtin(rest),
         "file": lambda: Path(rest),
         "hf": lambda: _hub(rest),
         "s3": lambda: _s3(rest, spec.s3_endpoint_url),
@@ -78,7 +78,12 @@ def _require_weights(directory: Path, source: str) -> None:
     raise BadRequest(f"source {source} holds no *.safetensors and no *.onnx.", code="no_weights")
 
 
-def _builtin(name: str) -> Path:
+def builtin(name: str) -> Path:
+    """The directory of a model that is installed with nearfield.
+
+    Raises:
+        NotFound: there is none of that name, or its package is not installed.
+    """
     if name not in BUILTIN:
         raise NotFound(
             f"source builtin://{name}: there is no such model; there are "

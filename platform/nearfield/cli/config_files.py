@@ -44,6 +44,12 @@ def load_files(
     paths: Sequence[str | Path], *, ray: bool = True
 ) -> tuple[list[ConfigFile], list[Problem]]:
     """The files that could be read, and everything that is wrong."""
+    files, unread = read_files(paths)
+    return files, unread + problems_of(files, ray=ray and not unread)
+
+
+def read_files(paths: Sequence[str | Path]) -> tuple[list[ConfigFile], list[Problem]]:
+    """The files that could be read, and why the others could not."""
     files: list[ConfigFile] = []
     problems: list[Problem] = []
     for path in paths:
@@ -52,7 +58,12 @@ def load_files(
             problems.append(read)
         else:
             files.append(ConfigFile(str(path), Path(path), read))
-    problems += check([(file.name, file.document) for file in files])
+    return files, problems
+
+
+def problems_of(files: Sequence[ConfigFile], *, ray: bool) -> list[Problem]:
+    """Everything that is wrong with files that could be read."""
+    problems = check([(file.name, file.document) for file in files])
     known = {(problem.file, problem.field) for problem in problems}
     for file in files:
         around = _check_surroundings(file)
@@ -61,19 +72,17 @@ def load_files(
         for file in files:
             if kind_of(file.document) == "serve":
                 problems += _check_with_ray(file)
-    return files, problems
+    return problems
 
 
-def scenario(path: str) -> Scenario | list[Problem] | None:
+def scenario(file: ConfigFile) -> Scenario | list[Problem] | None:
     """What a file for `nearfield simulate` says, or what is wrong with it; None: it is none."""
-    read_ = read_document(Path(path), path)
-    if isinstance(read_, Problem) or not isinstance(read_.value, dict):
-        return None
-    if "simulation" not in read_.value:
+    value = file.document.value
+    if not isinstance(value, dict) or "simulation" not in value:
         return None
     from nearfield.simulator.scenario import read
 
-    return read(Path(path), path)
+    return read(file.path, file.name)
 
 
 def _check_surroundings(file: ConfigFile) -> Iterator[Problem]:

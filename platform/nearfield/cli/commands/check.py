@@ -34,11 +34,13 @@ def check(files: tuple[str, ...], no_ray: bool, as_json: bool) -> int:
 
     Exit code 2 if a file is invalid; warnings alone leave it 0.
     """
-    from nearfield.cli.config_files import load_files, scenario
+    from nearfield.cli.config_files import problems_of, read_files, scenario
     from nearfield.core.check import kind_of, model_applications
 
-    scenarios = {name: known for name in files if (known := scenario(name)) is not None}
-    read, problems = load_files([name for name in files if name not in scenarios], ray=not no_ray)
+    read, problems = read_files(files)
+    scenarios = {file.name: known for file in read if (known := scenario(file)) is not None}
+    read = [file for file in read if file.name not in scenarios]
+    problems += problems_of(read, ray=not no_ray and not problems)
     for known in scenarios.values():
         problems += known if isinstance(known, list) else []
     valid = all(problem.level == "warning" for problem in problems)

@@ -48,9 +48,14 @@ class Report:
     own: OwnPlan | None = None
 
     @property
-    def usd_month(self) -> float:
+    def choices(self) -> list[Choice]:
         """Of all regions that have a plan."""
-        return sum(plan.choice.usd_month for plan in self.plans if plan.choice is not None)
+        return [plan.choice for plan in self.plans if plan.choice is not None]
+
+    @property
+    def usd_month(self) -> float:
+        """Of those together."""
+        return sum(choice.usd_month for choice in self.choices)
 
     @property
     def feasible(self) -> bool:
@@ -69,9 +74,8 @@ class Report:
 
     def families(self) -> list[str]:
         """Of the chosen accelerators."""
-        chosen = [plan.choice for plan in self.plans if plan.choice is not None]
         names = {self.own.replica.kind.chip.name} if self.own is not None else set()
-        names |= {choice.machine.accelerator for choice in chosen}
+        names |= {choice.machine.accelerator for choice in self.choices}
         return sorted({self.catalog.accelerators[name].family for name in names})
 
 
@@ -379,9 +383,9 @@ def _rests_on(report: Report) -> None:
         click.echo(f"             spot of {', '.join(derived)}: the published saving on that price")
     unsure = sorted(
         {
-            plan.choice.machine.accelerator
-            for plan in report.plans
-            if plan.choice is not None and not plan.choice.replica.kind.rechecked
+            choice.machine.accelerator
+            for choice in report.choices
+            if not choice.replica.kind.rechecked
         }
     )
     for name in unsure:

@@ -220,12 +220,13 @@ def plan(
     market = market_of(catalog, wanted, whose)
     loads = _workloads(wanted, rps, input_tokens, output_tokens, longest, slo_ttft_ms, slo_tpot_ms)
     plans = plan_regions(size.architecture, loads, market, wishes)
-    ownership = None
+    ownership = owned = None
     if on_prem is not None:
         ownership = _ownership(
             on_prem, market, catalog.accelerators.get(on_prem), capex_usd, machine_accelerators,
             power_w, years, usd_per_kwh, pue, upkeep,
         )  # fmt: skip
+        owned = _own(on_prem, ownership, size, loads, market, plans, wishes)
     models = architectures(catalog.models)
     figures = like(catalog.figures, models, size.architecture.task)
     report = Report(
@@ -236,7 +237,7 @@ def plan(
         whose,
         validate(figures, catalog.accelerators, models, catalog.shares),
         ownership,
-        _own(on_prem, ownership, size, loads, market, plans, wishes),
+        owned,
     )
     within = max_usd is None or report.usd_month <= max_usd
     written = _write(target, report) if target is not None and report.feasible and within else []
@@ -356,25 +357,23 @@ def _ownership(
 
 
 def _own(
-    name: str | None, ownership: Ownership | None, size: ModelSize, loads: dict[str, Workload],
+    name: str, ownership: Ownership, size: ModelSize, loads: dict[str, Workload],
     market: Market, plans: list[RegionPlan], wishes: Wishes,
 ) -> OwnPlan | None:  # fmt: skip
-    """All regions' load in one place of one's own."""
+    """All regions' load in one place of one's own; None if a region has no plan to compare with."""
     from nearfield.policy.plan import own, replicas_of
 
-    if name is None or ownership is None:
-        return None
-    cloud_usd_h = sum(plan.choice.usd_h for plan in plans if plan.choice is not None)
     workload = next(iter(loads.values()))
     replicas, reason = replicas_of(
         size.architecture, market.kinds[name], workload, wishes, chips=ownership.accelerators
     )
     if not replicas:
         raise BadRequest(f"--on-prem {name}: {reason}", param="on_prem")
-    if any(plan.choice is None for plan in plans):
+    choices = [plan.choice for plan in plans if plan.choice is not None]
+    if len(choices) < len(plans):
         return None
     total = sum(each.rps for each in loads.values())
-    return own(replicas, ownership, total, cloud_usd_h, wishes)
+    return own(replicas, ownership, total, sum(choice.usd_h for choice in choices), wishes)
 
 
 def _write(target: Path, report: Report) -> list[Path]:

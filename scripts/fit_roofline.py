@@ -17,7 +17,6 @@ import argparse
 import math
 import sys
 from collections import defaultdict
-from pathlib import Path
 
 from nearfield.core.catalog import Family, Figure, Shares
 from nearfield.core.catalog_files import Catalog, packaged, read_catalog
@@ -106,7 +105,7 @@ def main() -> int:
     told = summary(validate(encoders, catalog.accelerators, models, shares))
     print(f"encoders: {told.count} figures, median {told.median:.0%}, worst {told.worst:.0%}")
     if write:
-        path = Path(packaged()) / "efficiency" / "fitted.yaml"
+        path = packaged() / "efficiency" / "fitted.yaml"
         path.write_text(_text(shares), encoding="utf-8")
         print(f"wrote {path}")
     return 0

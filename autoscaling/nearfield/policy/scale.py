@@ -158,13 +158,17 @@ class _Member(NamedTuple):
 
 
 class _Wanted(NamedTuple):
-    """Of one group: capacity in work a second, why, and the numbers. None: as it was."""
+    """Of one group: capacity in work a second, why, and the numbers.
+
+    None: as it was, and at least `replicas` together.
+    """
 
     work_s: float | None
     why: str
     terms: dict[str, float]
     may_fall: bool
     awake: bool
+    replicas: int = 0
 
 
 def step(signals: Signals, state: State, spec: ScalingSpec) -> tuple[Decision, State]:
@@ -181,16 +185,14 @@ def step(signals: Signals, state: State, spec: ScalingSpec) -> tuple[Decision, S
         raise ValueError(f"signals of a pool that is not in the spec: {sorted(unknown)[0]!r}")
     elapsed_s = now_s - state.now_s if math.isfinite(state.now_s) else 0.0
     members = [_member(p, given.get(p.name), state, now_s, elapsed_s) for p in spec.pools]
-    groups, wishes, placed = {}, {}, {}
-    for key in dict.fromkeys(_group(pool) for pool in spec.pools):
-        own = _compared([m for m in members if _group(m.spec) == key])
-        placed[key] = own
-        old = state.groups.get(key, Group())
-        groups[key], wishes[key] = _want(own, old, spec, now_s, elapsed_s)
+    groups, wishes = {}, {}
     counts: dict[str, int] = {}
     notes: dict[str, str] = {}
-    for key, wanted in wishes.items():
-        _place(placed[key], wanted, spec, counts, notes, now_s)
+    for key in dict.fromkeys(_group(pool) for pool in spec.pools):
+        own = _compared([m for m in members if _group(m.spec) == key])
+        old = state.groups.get(key, Group())
+        groups[key], wishes[key] = _want(own, old, spec, now_s, elapsed_s)
+        _place(own, wishes[key], spec, counts, notes, now_s)
     _afford(members, spec, counts, notes)
     targets = tuple(
         PoolTarget(m.spec.name, counts[m.spec.name], _drains(m), notes[m.spec.name])
@@ -280,15 +282,15 @@ def _want(
         wait_s=spec.max_wait_s,
         hold_s=hold_s,
     )
-    level = demand.level
+    level, running = demand.level, _running(members)
     calm = min(level, enough.expected)  # a burst that will be over needs no replica to catch up
-    backlog = _backlog(members, queued * group.request_work, calm, lead_s)
+    backlog = _backlog(members, running, queued * group.request_work, calm, lead_s)
     panic = queue_age_s > spec.max_wait_s or backlog > spec.max_wait_s * max(
-        _running(members), fastest.work_s
+        running, fastest.work_s
     )
     catch_up = calm + backlog / DRAIN_S if panic else 0.0
     # What ran at the beginning was asked for by somebody.
-    caught = holding(group.caught or ((now_s, _running(members)),), now_s, catch_up, hold_s)
+    caught = holding(group.caught or ((now_s, running),), now_s, catch_up, hold_s)
     held = max(caught[0][1], enough.held)
     group = group._replace(outlook=outlook, caught=caught)
     terms = {
@@ -358,12 +360,14 @@ def _by_concurrency(members: list[_Member], ongoing: float, awake: bool) -> _Wan
     if not awake:
         return _Wanted(0.0, "no request yet", {"ongoing": ongoing}, may_fall=True, awake=False)
     terms = {"ongoing": ongoing, "needed": float(needed)}
-    return _Wanted(None, why + "; its speed is not known yet", terms, may_fall=False, awake=True)
+    why += "; its speed is not known yet"
+    return _Wanted(None, why, terms, may_fall=False, awake=True, replicas=needed)
 
 
-def _backlog(members: list[_Member], queued: float, level: float, lead_s: float) -> float:
+def _backlog(
+    members: list[_Member], capacity: float, queued: float, level: float, lead_s: float
+) -> float:
     """Work that will wait when what is asked for now serves, as things start meanwhile."""
-    capacity = _running(members)
     starts = sorted(
         (max(0.0, m.boot_s - age_s), m.work_s)
         for m in members
@@ -399,7 +403,7 @@ def _place(
             notes[member.spec.name] = f"{member.spec.min_replicas}: {wanted.why}"
         return
     if wanted.work_s is None:
-        needed = int(wanted.terms.get("needed", 0.0))
+        needed = wanted.replicas
         for member in members:
             pool = member.spec
             count = max(member.before, pool.min_replicas)
@@ -446,14 +450,11 @@ def _bought(members: list[_Member], offers: list[mix.Offer], goal: float, risk: 
     """Replicas of each pool: the cheapest mix, zones as one, spares added and spread."""
     zones: list[list[int]] = []
     for i, member in enumerate(members):
-        if member.spec.kind == "spot":
-            for zone in zones:
-                first = zone[0]
-                if members[first].spec.kind == "spot" and mix.same_price(offers[first], offers[i]):
-                    zone.append(i)
-                    break
-            else:
-                zones.append([i])
+        for zone in zones:
+            both_spot = member.spec.kind == members[zone[0]].spec.kind == "spot"
+            if both_spot and mix.same_price(offers[zone[0]], offers[i]):
+                zone.append(i)
+                break
         else:
             zones.append([i])
     joined = tuple(_joined([offers[i] for i in zone]) for zone in zones)

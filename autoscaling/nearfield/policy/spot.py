@@ -112,18 +112,22 @@ def spread(
     least_risk = min(risks, default=1.0)
     weights = [math.sqrt(least_risk / risk) for risk in risks]
     counts = [min(h, r) for h, r in zip(have, room, strict=True)]
-    while sum(counts) > total:
-        counts[max(zones, key=lambda z: (counts[z] / weights[z], z))] -= 1
-    while sum(counts) < total:
+
+    def fullest() -> int:
+        return max(zones, key=lambda z: (counts[z] / weights[z], z))
+
+    def emptiest() -> int | None:
+        """Of those that have room."""
         open_ = [z for z in zones if counts[z] < room[z]]
-        if not open_:
-            break
-        counts[min(open_, key=lambda z: ((counts[z] + 1) / weights[z], z))] += 1
-    fullest = max(zones, key=lambda z: (counts[z] / weights[z], z), default=0)
-    open_ = [z for z in zones if counts[z] < room[z]]
-    if open_:
-        emptiest = min(open_, key=lambda z: ((counts[z] + 1) / weights[z], z))
-        if counts[fullest] / weights[fullest] >= (counts[emptiest] + 2) / weights[emptiest]:
-            counts[fullest] -= 1
-            counts[emptiest] += 1
+        return min(open_, key=lambda z: ((counts[z] + 1) / weights[z], z), default=None)
+
+    while sum(counts) > total:
+        counts[fullest()] -= 1
+    while sum(counts) < total and (zone := emptiest()) is not None:
+        counts[zone] += 1
+    if (there := emptiest()) is not None:
+        here = fullest()
+        if counts[here] / weights[here] >= (counts[there] + 2) / weights[there]:
+            counts[here] -= 1
+            counts[there] += 1
     return tuple(counts)

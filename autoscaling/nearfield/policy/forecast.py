@@ -109,7 +109,7 @@ class Forecast(NamedTuple):
         features = [math.log((mean + small) / (level + small)) for mean in means]
         features.append((log_level - slope_from) * lead_s / SLOPE_S)
         features.append(self._seasonal(now_s, lead_s))
-        features = [min(LARGEST, max(-LARGEST, feature)) for feature in features]
+        features = [_cut(feature) for feature in features]
         growth = _dot(found.coefficients, features)
         bases = (log_level + growth, *(math.log(mean + small) for mean in means))
         memo = Memo(log_level, growth, tuple(features), bases)
@@ -143,7 +143,7 @@ class Forecast(NamedTuple):
         if len(self.memos) < back:
             return self, ()
         memo = self.memos[-back]
-        error = min(LARGEST, max(-LARGEST, log_need - memo.level - memo.growth))
+        error = _cut(log_need - memo.level - memo.growth)
         gains = [_dot(row, memo.features) for row in self.covariance]
         scale = NOISE * back + _dot(gains, memo.features)
         coefficients = tuple(
@@ -159,8 +159,12 @@ class Forecast(NamedTuple):
             for i, row in enumerate(self.covariance)
         )  # fmt: skip
         return self._replace(coefficients=coefficients, covariance=covariance), tuple(
-            min(LARGEST, max(-LARGEST, log_need - base)) for base in memo.bases
+            _cut(log_need - base) for base in memo.bases
         )
+
+
+def _cut(value: float) -> float:
+    return min(LARGEST, max(-LARGEST, value))
 
 
 def _dot(a: Sequence[float], b: Sequence[float]) -> float:

@@ -61,7 +61,6 @@ class PoolSignals:
             refused because the queue was full.
         work_in: work that came since the last step, in the pool's unit of work (a token, a
             request): whatever `replica_work_s` counts.
-        work_done: likewise, work that was finished.
         replica_work_s: work a second that one replica gets done when it is full, measured.
         queue_age_s: for how long the longest-waiting request has waited.
         boots_s: what each boot that ended well since the last step took, from asking for a replica
@@ -82,7 +81,6 @@ class PoolSignals:
     arrivals: Measured = NO_DATA
     late: Measured = NO_DATA
     work_in: Measured = NO_DATA
-    work_done: Measured = NO_DATA
     replica_work_s: Measured = NO_DATA
     queue_age_s: Measured = NO_DATA
     boots_s: tuple[float, ...] = ()
@@ -207,7 +205,7 @@ class Decision:
         targets: one for each pool of the spec, in its order.
         reason: the whole in one line.
         terms: the numbers that led there, by name, for dashboards and tests: for instance
-            `demand`, `forecast`, `headroom`, in replicas.
+            `level`, `expected`, `enough`, in work a second.
     """
 
     targets: tuple[PoolTarget, ...]

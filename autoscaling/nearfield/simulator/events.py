@@ -307,7 +307,6 @@ class EventWorld(World):
         joined_s = request.joined_s
         pool.learn(request.prompt, request.answer, first_s - joined_s, now_s - joined_s)
         pool.served += 1
-        pool.work_done += request.prompt + request.answer
         replica.answered += 1
         times_s = replica.times_s
         times_s.append(limit.comparable_s(first_s - came_s, request.prompt))

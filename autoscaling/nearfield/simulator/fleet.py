@@ -105,7 +105,6 @@ class Pool:
         "timing",
         "usd",
         "waiting",
-        "work_done",
         "work_in",
     )  # fmt: skip
 
@@ -149,7 +148,7 @@ class Pool:
         self.cold_start_s = sum(boot(sample) for _ in range(BOOT_DRAWS)) / BOOT_DRAWS
         # Since the last decision.
         self.arrivals = self.late = self.lost = self.refusals = 0
-        self.work_in = self.work_done = 0.0
+        self.work_in = 0.0
         self.boots_s: list[float] = []
         self._since_s = 0.0
         self._numbers: list[int] = []
@@ -280,7 +279,6 @@ class Pool:
             arrivals=float(self.arrivals),
             late=float(self.late),
             work_in=self.work_in,
-            work_done=self.work_done,
             replica_work_s=self.replica_work_s,
             queue_age_s=self.queue_age_s,
             boots_s=tuple(self.boots_s),
@@ -290,7 +288,7 @@ class Pool:
             refused=self.refusals,
         )
         self.arrivals = self.late = self.lost = self.refusals = 0
-        self.work_in = self.work_done = 0.0
+        self.work_in = 0.0
         self.boots_s = []
         return signals
 

@@ -405,7 +405,6 @@ class FluidWorld(World):
         flow.inside -= ends
         self.in_flight -= ends
         pool.served += ends
-        pool.work_done += ends * (pool.prompt + pool.answer)
         cohorts = flow.cohorts
         while ends:
             cohort = cohorts[0]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from nearfield.core.scaling import ScalingOptions
 from nearfield.policy.scale import (
@@ -82,7 +82,6 @@ class Watch:
         self._known = False
         self._boots_s: list[float] = []
         self._lost = 0
-        self.running = 0
 
     def read(self, context: AutoscalingContext, now_s: float) -> None:
         """Take in what Serve knows now."""
@@ -98,7 +97,7 @@ class Watch:
         starting = max(0, target - len(running))
         del self._asked_s[starting:]  # Serve stops the youngest first
         self._asked_s += [now_s] * (starting - len(self._asked_s))
-        self._running, self._target, self.running = running, target, len(running)
+        self._running, self._target = running, target
         self._count(context, running, now_s)
 
     def _count(self, context: AutoscalingContext, running: frozenset[str], now_s: float) -> None:
@@ -134,7 +133,7 @@ class Watch:
 
         return PoolSignals(
             name,
-            running=self.running,
+            running=len(self._running),
             starting=tuple(now_s - asked_s for asked_s in self._asked_s),
             ongoing=known(queued + seen.get("running", 0.0)),
             queued=known(queued),
@@ -152,15 +151,13 @@ def _waited(max_wait_s: float) -> str:
     return f"waited_{counted[-1] if counted else WAITS_S[0]:g}_total"
 
 
-class _Member:
+class _Member(NamedTuple):
     """A pool of a fleet: what its last context said, for as long as it is fresh."""
 
-    __slots__ = ("heard_s", "options", "spec", "watch")
-
-    def __init__(
-        self, spec: PoolSpec, options: ScalingOptions, watch: Watch, heard_s: float
-    ) -> None:
-        self.spec, self.options, self.watch, self.heard_s = spec, options, watch, heard_s
+    spec: PoolSpec
+    options: ScalingOptions
+    watch: Watch
+    heard_s: float
 
 
 class Fleet:

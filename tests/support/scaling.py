@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from nearfield.policy.scale import (
     NO_DATA,
     Decision,
-    Measured,
     PoolSignals,
     ScalingSpec,
     Signals,
@@ -31,7 +30,6 @@ class World:
     """Pools that share a queue. `work_s`: what a replica of each does a second.
 
     Attributes:
-        late, came: work that had to wait longer than the spec allows, and all of it.
         decisions: with their times.
     """
 
@@ -39,13 +37,9 @@ class World:
     work_s: Mapping[str, float]
     boot_s: float = 30.0
     now_s: float = 0.0
-    measured: bool = True
     pools: dict[str, Replicas] = field(default_factory=dict)
     state: State = field(default_factory=State)
     backlog: float = 0.0
-    late: float = 0.0
-    came: float = 0.0
-    cost: float = 0.0
     decisions: list[tuple[float, Decision]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -77,10 +71,8 @@ class World:
                 pool.boots_s.append(ready_s - asked_s)
             capacity += pool.running * self.work_s[name]
         late = work if self.backlog > self.spec.max_wait_s * capacity else 0.0
-        self.came, self.late = self.came + work, self.late + late
         done = min(self.backlog + work, capacity)
         self.backlog += work - done
-        self.cost += sum(p.usd_per_hour / 3600 * self.counts()[p.name] for p in self.spec.pools)
         return self.decide(self.signals(work, late, capacity, dark=dark))
 
     def signals(self, work: float, late: float, capacity: float, *, dark: bool) -> Signals:
@@ -88,7 +80,6 @@ class World:
         for name, pool in self.pools.items():
             own = pool.running * self.work_s[name]
             share = own / capacity if capacity else 1.0 / len(self.pools)
-            speed: Measured = self.work_s[name] if self.measured else NO_DATA
             boots, pool.boots_s = tuple(pool.boots_s), []
             found.append(
                 PoolSignals(
@@ -99,7 +90,7 @@ class World:
                     queued=NO_DATA if dark else share * self.backlog,
                     arrivals=NO_DATA if dark else share * work,
                     late=NO_DATA if dark else share * late,
-                    replica_work_s=NO_DATA if dark else speed,
+                    replica_work_s=NO_DATA if dark else self.work_s[name],
                     queue_age_s=NO_DATA if dark else self.backlog / max(capacity, 1e-9),
                     boots_s=boots,
                 )

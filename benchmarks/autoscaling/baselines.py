@@ -1,9 +1,10 @@
 """What the scaling policy is compared with: policies of the same shape, `step` of `policy.scale`.
 
-    static          so many replicas, always
     Reactive        rate over a window by what a replica does, given up after a while: to be tuned
     ServeDefault    Ray Serve's own policy with its delays and look-back
     Kpa             Knative's autoscaler: stable and panic windows over concurrency
+
+`static` of `nearfield.simulator.parts`, so many replicas always, is one of them, too.
 
 Each is made anew for a run and remembers what it has seen itself; of the state it uses the clock
 only. Each gets what it gets in the wild: Serve and Knative see concurrency, not work. Where a model
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from nearfield.policy.scale import (
@@ -28,8 +28,6 @@ from nearfield.policy.scale import (
     State,
 )
 from nearfield.policy.serve_semantics import ServeOptions, ServeState, serve_target
-
-Step = Callable[[Signals, State, ScalingSpec], tuple[Decision, State]]
 
 
 class Window:
@@ -72,19 +70,6 @@ def fill(
         for pool, count in zip(spec.pools, counts, strict=True)
     )
     return Decision(targets, why, {"wanted": float(total)}), replace(state, now_s=signals.now_s)
-
-
-def static(replicas: Mapping[str, int]) -> Step:
-    """Always so many: by pool."""
-
-    def step(signals: Signals, state: State, spec: ScalingSpec) -> tuple[Decision, State]:
-        targets = tuple(
-            PoolTarget(pool.name, replicas[pool.name], (), f"{replicas[pool.name]}: always")
-            for pool in spec.pools
-        )
-        return Decision(targets, "static"), replace(state, now_s=signals.now_s)
-
-    return step
 
 
 class Reactive:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from nearfield.policy.scale import PoolSignals, PoolSpec, ScalingSpec, Signals, State
+from nearfield.simulator.parts import Step, static
 
-from benchmarks.autoscaling.baselines import Kpa, Reactive, ServeDefault, Step, static
+from benchmarks.autoscaling.baselines import Kpa, Reactive, ServeDefault
 
 SPEC = ScalingSpec((PoolSpec("gpu", max_replicas=100, target_ongoing=10.0, work_s=10.0),))
 

@@ -42,6 +42,12 @@ class Kind:
     rechecked: bool = True
     embeds: str | None = None
 
+    def native(self, precision: str) -> str:
+        """The precision in which it computes: bf16 and fp16 are one where it has only the other."""
+        if precision in ("bf16", "fp16") and self.native_16 is not None:
+            return self.native_16
+        return precision
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -238,13 +244,12 @@ def replicas_of(
         return [], "no dense compute rate is published, so the first token cannot be timed"
     found: list[Replica] = []
     reasons: list[tuple[int, str]] = []
-    groups = [n for n in (1, 2, 4, 8, 16) if n <= (chips or chip.group) and n <= chip.group]
+    groups = [n for n in (1, 2, 4, 8, 16) if n <= min(chips or chip.group, chip.group)]
     for precision in precisions:
-        real = kind.native_16 if precision in ("bf16", "fp16") else precision
-        for group in groups or [1]:
+        for group in groups:
             if model.heads % group:
                 continue
-            setup = Setup(model, chip, real, group)
+            setup = Setup(model, chip, kind.native(precision), group)
             reason = _unfit(setup, workload)
             if reason is None:
                 load = highest_load(

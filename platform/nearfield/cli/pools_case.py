@@ -108,9 +108,7 @@ def _engine(
 
     size = model_size(name, catalog.models)
     kind = kinds_of(catalog)[accelerator]
-    wanted = precision or size.precision
-    if wanted in ("bf16", "fp16") and kind.native_16 is not None:
-        wanted = kind.native_16
+    wanted = kind.native(precision or size.precision)
     if kind.native_16 is None or kind.chip.rate(wanted) is None:
         raise BadRequest(
             f"--precision {wanted}: no rate of {accelerator} is published for it: choose another "

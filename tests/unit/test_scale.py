@@ -214,6 +214,14 @@ def test_the_state_survives_json() -> None:
     assert State.from_plain(State().to_plain()) == State()
 
 
+def test_next_to_no_request_does_not_say_what_a_requests_work_is() -> None:
+    spec, state = ScalingSpec((PoolSpec("gpu"),)), State()
+    for second, arrivals in enumerate((5e-324, 1.0)):
+        signals = PoolSignals("gpu", 1, ongoing=0.0, queued=0.0, arrivals=arrivals, work_in=1.0)
+        _, state = step(Signals(float(second), (signals,)), state, spec)
+    assert state.groups[""].request_work == 1.0
+
+
 def test_what_is_refused() -> None:
     spec = ScalingSpec((PoolSpec("gpu"),))
     with pytest.raises(ValueError, match="not in the spec: 'other'"):

@@ -31,7 +31,7 @@ from typing import NamedTuple
 from nearfield.policy import mix, spot
 from nearfield.policy.capacity import Pool
 from nearfield.policy.demand import Demand
-from nearfield.policy.outlook import Amounts, Outlook, holding
+from nearfield.policy.outlook import TINY, Amounts, Outlook, holding
 from nearfield.policy.plain import plain, revived
 from nearfield.policy.pools import (
     NO_DATA,
@@ -257,7 +257,7 @@ def _want(
     ongoing, queued = _total(s.ongoing for s in seen), _total(s.queued for s in seen)
     if has_work and not group.has_work:
         group = Group(has_work=True, last_s=group.last_s)  # another unit: nothing is comparable
-    if arrivals > 0.0:
+    if arrivals > TINY:
         gain = min(1.0, arrivals / 1000.0 + 1.0 / (1.0 + group.demand.closed))
         request_work = group.request_work + gain * (work / arrivals - group.request_work)
         group = group._replace(last_s=now_s, request_work=request_work)

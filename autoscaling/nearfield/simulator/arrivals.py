@@ -206,33 +206,36 @@ def gaps(family: str, shape: float) -> tuple[Draw, float]:
     return weibull, math.gamma(1 + 2 / shape) / first**2 - 1.0
 
 
-class Renewal:
-    """A renewal process on the clock of a changing rate."""
+class _Renewals:
+    """A renewal process on the clock of a changing rate; its gaps may change as well."""
 
-    def __init__(
-        self, segment: Segment, cv: float, prompt: Draw, answer: Draw, rng: random.Random
-    ) -> None:
-        self._segment = segment
-        self._gap, self.cv2 = gaps("Gamma", 1.0 / cv**2)
-        self._prompt, self._answer, self._rng = prompt, answer, rng
-        self._at_s = 0.0
-        self._left = self._gap(rng)
-        # From an rng of its own: how the mean is found must not change what is drawn.
-        sample = random.Random(0)
-        pairs = [(prompt(sample), answer(sample)) for _ in range(MEAN_OF)]
-        self._means = (sum(p for p, _ in pairs) / MEAN_OF, sum(a for _, a in pairs) / MEAN_OF)
+    def __init__(self, rng: random.Random, left: float) -> None:
+        """
+        Args:
+            left: of the first gap.
+        """
+        self.rng = rng
+        self._at_s, self._left = 0.0, left
+
+    def lengths(self, now_s: float) -> Lengths:
+        """Of one more request."""
+        raise NotImplementedError
+
+    def _segment(self, now_s: float) -> tuple[float, float, Draw, float]:
+        """Rate, until when, gaps and their cv²."""
+        raise NotImplementedError
 
     def take(self, until_s: float) -> list[Arrival]:
-        rng, gap, prompt, answer = self._rng, self._gap, self._prompt, self._answer
+        rng, lengths = self.rng, self.lengths
         found: list[Arrival] = []
         now_s, left = self._at_s, self._left
         while now_s < until_s:
-            rate, end_s = self._segment(now_s)
+            rate, end_s, gap, _ = self._segment(now_s)
             stop_s = min(end_s, until_s)
             if rate > 0.0:
                 next_s = now_s + left / rate
                 while next_s < stop_s:
-                    found.append((next_s, int(prompt(rng)), int(answer(rng))))
+                    found.append((next_s, *lengths(next_s)))
                     now_s = next_s
                     left = gap(rng)
                     next_s = now_s + left / rate
@@ -241,19 +244,47 @@ class Renewal:
         self._at_s, self._left = now_s, left
         return found
 
-    def tick(self, until_s: float, most: int) -> Tick:
-        expected, now_s = 0.0, self._at_s
+    def _expected(self, until_s: float) -> tuple[float, float]:
+        """Requests until then: their mean, and their variance in the end."""
+        expected = variance = 0.0
+        now_s = self._at_s
         while now_s < until_s:
-            rate, end_s = self._segment(now_s)
+            rate, end_s, _, cv2 = self._segment(now_s)
             stop_s = min(end_s, until_s)
             expected += rate * (stop_s - now_s)
+            variance += rate * (stop_s - now_s) * cv2
             now_s = stop_s
+        return expected, variance
+
+
+class Renewal(_Renewals):
+    """Those of a generator: gaps of one shape, lengths of one distribution."""
+
+    def __init__(
+        self, rate: Segment, cv: float, prompt: Draw, answer: Draw, rng: random.Random
+    ) -> None:
+        self._rate = rate
+        self._gap, self.cv2 = gaps("Gamma", 1.0 / cv**2)
+        self._prompt, self._answer = prompt, answer
+        super().__init__(rng, self._gap(rng))
+        # From an rng of its own: how the mean is found must not change what is drawn.
+        sample = random.Random(0)
+        pairs = [(prompt(sample), answer(sample)) for _ in range(MEAN_OF)]
+        self._means = (sum(p for p, _ in pairs) / MEAN_OF, sum(a for _, a in pairs) / MEAN_OF)
+
+    def lengths(self, now_s: float) -> Lengths:
+        return int(self._prompt(self.rng)), int(self._answer(self.rng))
+
+    def _segment(self, now_s: float) -> tuple[float, float, Draw, float]:
+        return *self._rate(now_s), self._gap, self.cv2
+
+    def tick(self, until_s: float, most: int) -> Tick:
+        expected, _ = self._expected(until_s)
         if expected < FEW:
             return _each(self.take(until_s), most)
         self._at_s = until_s
-        rng = self._rng
-        count = clumped(rng, expected, self.cv2)
-        some = [(int(self._prompt(rng)), int(self._answer(rng))) for _ in range(min(count, most))]
+        count = clumped(self.rng, expected, self.cv2)
+        some = [self.lengths(until_s) for _ in range(min(count, most))]
         return Tick(count, some, *self._means)
 
 
@@ -422,7 +453,7 @@ def _mix(parts: Sequence[tuple[float, dict[int, list[int]]]]) -> dict[int, list[
     }
 
 
-class _ClientStream:
+class _ClientStream(_Renewals):
     """One client: windows with a rate and a family each; outside them it is silent."""
 
     def __init__(
@@ -434,7 +465,7 @@ class _ClientStream:
         mixes: tuple[dict[int, list[int]], dict[int, list[int]]],
         rng: random.Random,
     ) -> None:
-        self.rng = rng
+        super().__init__(rng, rng.expovariate(1.0))
         self.requests = client.requests
         self._windows = [
             (start_s - arrivals.offset_s, arrivals.times * rate, *gaps(family, shape))
@@ -445,14 +476,11 @@ class _ClientStream:
         self._given = (prompt, answer)
         covered = bool(client.input_tables and client.output_tables)
         self._tables = (client.input_tables, client.output_tables) if covered else mixes
-        self._at_s = 0.0
-        self._left = rng.expovariate(1.0)
         self._means: dict[int, tuple[float, float]] = {}
         total = sum(window[1] for window in self._windows)
         self.cv2 = sum(w[1] * w[3] for w in self._windows) / total if total else 1.0
 
     def _segment(self, now_s: float) -> tuple[float, float, Draw, float]:
-        """Rate, until when, gaps and their cv²."""
         i = bisect_right(self._starts, now_s) - 1
         if i >= 0:
             start_s, rate, gap, cv2 = self._windows[i]
@@ -471,34 +499,8 @@ class _ClientStream:
     def _period(self, now_s: float) -> int:
         return int((now_s + self._offset_s) // PERIOD_S)
 
-    def take(self, until_s: float) -> list[Arrival]:
-        rng = self.rng
-        found: list[Arrival] = []
-        now_s, left = self._at_s, self._left
-        while now_s < until_s:
-            rate, end_s, gap, _ = self._segment(now_s)
-            stop_s = min(end_s, until_s)
-            if rate > 0.0:
-                next_s = now_s + left / rate
-                while next_s < stop_s:
-                    found.append((next_s, *self.lengths(next_s)))
-                    now_s = next_s
-                    left = gap(rng)
-                    next_s = now_s + left / rate
-                left -= (stop_s - now_s) * rate
-            now_s = stop_s
-        self._at_s, self._left = now_s, left
-        return found
-
     def tick(self, until_s: float, most: int) -> Tick:
-        expected = variance = 0.0
-        now_s = self._at_s
-        while now_s < until_s:
-            rate, end_s, _, cv2 = self._segment(now_s)
-            stop_s = min(end_s, until_s)
-            expected += rate * (stop_s - now_s)
-            variance += rate * (stop_s - now_s) * cv2
-            now_s = stop_s
+        expected, variance = self._expected(until_s)
         if expected < FEW:
             return _each(self.take(until_s), most)
         self._at_s = until_s

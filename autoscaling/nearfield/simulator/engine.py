@@ -261,12 +261,17 @@ class Batch:
         while count < len(prefilling) and tokens + prefilling[count].prompt <= chunk:
             tokens += prefilling[count].prompt
             count += 1
+        self._compute(count, tokens)
+
+    def _compute(self, count: int, tokens: float) -> None:
+        """With the next iteration, so many of the oldest prompts, which have so many tokens."""
+        timing = self.timing
         if not self.decoding:
             self.progress = 0.0  # a small number is an exact one
         begin = math.ceil(self.progress - DONE)
         self._prompts = count
-        self._prompts_end = float(begin + max(1, -(-tokens // chunk)))
-        self._tokens_s = tokens * self.timing.token_s / (self._prompts_end - self.progress)
+        self._prompts_end = float(begin + max(1, math.ceil(tokens / timing.chunk)))
+        self._tokens_s = tokens * timing.token_s / (self._prompts_end - self.progress)
 
     def _advance(self, now_s: float) -> None:
         passed_s = now_s - self._at_s

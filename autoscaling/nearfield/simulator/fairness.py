@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nearfield.policy.fair import FairQueue
-from nearfield.simulator.engine import DONE, Batch, Request, Timing
+from nearfield.simulator.engine import Batch, Request, Timing
 from nearfield.simulator.events import EventWorld
 from nearfield.simulator.fleet import Pool, Replica
 from nearfield.simulator.lane import EventReplica
@@ -98,12 +98,7 @@ class FairBatch(Batch):
         for request in reversed(begun):
             self.prefilling.remove(request)
             self.prefilling.appendleft(request)
-        if not self.decoding:
-            self.progress = 0.0
-        begin = math.ceil(self.progress - DONE)
-        self._prompts = len(begun)
-        self._prompts_end = float(begin + max(1, math.ceil(tokens / chunk)))
-        self._tokens_s = tokens * self.timing.token_s / (self._prompts_end - self.progress)
+        self._compute(len(begun), tokens)
         self._reckon()
         return True
 

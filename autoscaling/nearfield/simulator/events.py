@@ -24,7 +24,7 @@ from nearfield.policy.route import alternatives, pick
 from nearfield.simulator.books import InvariantError
 from nearfield.simulator.engine import Request
 from nearfield.simulator.fleet import Pool, Replica
-from nearfield.simulator.lane import EventReplica, Lane, speeds
+from nearfield.simulator.lane import EventReplica, Lane, rooms, speeds
 from nearfield.simulator.parts import Gateway, Source, outside
 from nearfield.simulator.world import CONNECT_TIMEOUT_S, World
 
@@ -316,8 +316,7 @@ class EventWorld(World):
             replica.limit = replica.limit.learn(
                 limit.Window(times_s[len(times_s) // 2], replica.peak)
             )
-            learnt = replica.limit
-            replica.rooms = (learnt.room(0), learnt.room(1), learnt.room(2))
+            replica.rooms = rooms(replica.limit)
             replica.times_s = []
             replica.window_s = now_s
             replica.peak = lane.own[number]
@@ -328,9 +327,12 @@ class EventWorld(World):
         for request in replica.batch.expired:
             lane.own[number] -= 1
             lane.work[number] -= request.tokens
-            self._uncount(request).late += 1
-            self._fail(request, "expired", "")
+            self._too_late(request)
         replica.batch.expired.clear()
+
+    def _too_late(self, request: Request) -> None:
+        self._uncount(request).late += 1
+        self._fail(request, "expired", "")
 
     def _unpark(self, lane: Lane) -> None:
         """Those that found no replica go to one that has room now."""
@@ -338,8 +340,7 @@ class EventWorld(World):
         while pending and lane.pool.ready:
             request = pending[0]
             if request.deadline_s < self.now_s:
-                self._uncount(pending.popleft()).late += 1
-                self._fail(request, "expired", "")
+                self._too_late(pending.popleft())
                 continue
             if not self._place(request, lane):
                 return
@@ -358,9 +359,7 @@ class EventWorld(World):
             return  # nothing has changed since the last look
         lane.touched = False
         while lane.pending and lane.pending[0].deadline_s < now_s:
-            request = lane.pending.popleft()
-            self._uncount(request).late += 1
-            self._fail(request, "expired", "")
+            self._too_late(lane.pending.popleft())
         timing = pool.timing
         if now_s - lane.speeds_s >= SPEEDS_S:
             lane.speeds_s, lane.speeds = now_s, speeds(pool)

@@ -31,10 +31,15 @@ class EventReplica(Replica):
         self.armed_s = math.inf
         self.answered = 0
         self.limit = limit.Limit()
-        self.rooms = tuple(self.limit.room(criticality) for criticality in range(3))
+        self.rooms = rooms(self.limit)
         self.times_s: list[float] = []
         self.window_s = now_s
         self.peak = 0
+
+
+def rooms(of: limit.Limit) -> tuple[int, ...]:
+    """What it lets in, by criticality."""
+    return of.room(0), of.room(1), of.room(2)
 
 
 class Lane:

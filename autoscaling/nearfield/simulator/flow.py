@@ -46,6 +46,12 @@ class Packet:
         self.lag_s = 0.0
         self.rtt_s = 0.0
 
+    def part(self, count: int) -> Packet:
+        """So many of them, as a packet of their own."""
+        part = Packet(self.source, self.gateway, count, self.came_s, self.prompt, self.answer)
+        part.lag_s, part.rtt_s = self.lag_s, self.rtt_s
+        return part
+
 
 class Cohort:
     """Requests in service, and what their times will be told as."""

@@ -198,10 +198,7 @@ class FluidWorld(World):
             return packet
         left: Packet | None = None
         if packet.count > room:
-            left = Packet(
-                source, gateway, packet.count - room, packet.came_s, packet.prompt, packet.answer
-            )
-            left.lag_s = packet.lag_s
+            left = packet.part(packet.count - room)
             pool.arrivals += left.count
             pool.late += left.count
             packet.count = room
@@ -378,17 +375,8 @@ class FluidWorld(World):
             if count == packet.count:
                 flow.queue.popleft()
             else:
-                rest = Packet(
-                    packet.source,
-                    packet.gateway,
-                    packet.count - count,
-                    packet.came_s,
-                    packet.prompt,
-                    packet.answer,
-                )
-                rest.lag_s, rest.rtt_s = packet.lag_s, packet.rtt_s
+                flow.queue[0] = packet.part(packet.count - count)
                 packet.count = count
-                flow.queue[0] = rest
         peak = math.ceil(max(flow.seen, flow.prompts + flow.answers) / working)
         flow.queued -= begins
         flow.inside += begins
@@ -476,12 +464,9 @@ class FluidWorld(World):
                 if end == 0:
                     self._fail(packet, taken, "lost", "its answer has begun")
                 else:
-                    copy = Packet(
-                        packet.source, packet.gateway, taken, packet.came_s, packet.prompt,
-                        packet.answer,
-                    )  # fmt: skip
-                    copy.lag_s = self.now_s - packet.came_s
-                    again.append(copy)
+                    part = packet.part(taken)
+                    part.lag_s = self.now_s - packet.came_s
+                    again.append(part)
                 left -= taken
                 cohort.count -= taken
                 if not cohort.count:

@@ -52,7 +52,6 @@ class EventWorld(World):
         super().__init__(*args, **options)
         self.lanes = [Lane(pool) for pool in self.pools]
         self._connecting: dict[Request, Pool] = {}
-        self._max_wait_s = {m.model: m.scaling.max_wait_s for m in self.scenario.models}
 
     # ---- the clock ------------------------------------------------------------------------------
 
@@ -226,15 +225,8 @@ class EventWorld(World):
         """No connection to a region that is silent came about."""
         if self._connecting.pop(request, None) is None:
             return  # nobody waits for it any more
-        gateway = request.gateway
         pool = self._uncount(request)
-        name = pool.endpoint.region
-        gateway.beliefs, changes = health.step(
-            gateway.beliefs, health.Failed(name, "no connection"), self.now_s, self.draw()
-        )
-        for change in changes:
-            gateway.due_s = self.now_s
-            self._note("health", gateway.name, name, f"{change.after}: {change.reason}")
+        self._hear(request.gateway, health.Failed(pool.endpoint.region, "no connection"))
         self._elsewhere(request, pool.number, "refused")
 
     def _uncount(self, request: Request) -> Pool:

@@ -71,7 +71,6 @@ class FluidWorld(World):
         self.flows = [Flow(pool) for pool in self.pools]
         self._slow: frozenset[int] = frozenset()
         self._seen = [list(gateway.own) for gateway in self.gateways]
-        self._max_wait_s = {m.model: m.scaling.max_wait_s for m in self.scenario.models}
 
     def run(self, progress: Callable[[float], None] = lambda share: None) -> None:
         self.begin()
@@ -180,13 +179,7 @@ class FluidWorld(World):
             raise InvariantError(f"{source.name}: sent to {pool.endpoint.name}, outside of its law")
         if not self.regions[pool.region].alive:
             packet.lag_s += CONNECT_TIMEOUT_S
-            name = pool.endpoint.region
-            gateway.beliefs, changes = health.step(
-                gateway.beliefs, health.Failed(name, "no connection"), self.now_s, self.draw()
-            )
-            for change in changes:
-                gateway.due_s = self.now_s
-                self._note("health", gateway.name, name, f"{change.after}: {change.reason}")
+            self._hear(gateway, health.Failed(pool.endpoint.region, "no connection"))
             return packet
         most = pool.timing.slots + pool.timing.max_queued
         if pool.ready:

@@ -102,6 +102,7 @@ class World:
             window_s=self.window_s,
         )
         self.scalers = make_scalers(scenario, self.regions, step)
+        self._max_wait_s = {m.model: m.scaling.max_wait_s for m in scenario.models}
         self._folder = folder
 
     def begin(self) -> None:
@@ -233,11 +234,15 @@ class World:
             heard_s=region.lost_s if region.lost_s > NEVER else None,
             reason="" if passed else "no answer",
         )
-        for what in (event, health.Tick()):
-            gateway.beliefs, changes = health.step(gateway.beliefs, what, self.now_s, self.draw())
-            for change in changes:
-                gateway.due_s = self.now_s
-                self._note("health", gateway.name, change.name, f"{change.after}: {change.reason}")
+        self._hear(gateway, event)
+        self._hear(gateway, health.Tick())
+
+    def _hear(self, gateway: Gateway, event: health.Event) -> None:
+        """What the gateway believes after it; where that is something else it plans anew."""
+        gateway.beliefs, changes = health.step(gateway.beliefs, event, self.now_s, self.draw())
+        for change in changes:
+            gateway.due_s = self.now_s
+            self._note("health", gateway.name, change.name, f"{change.after}: {change.reason}")
 
     # ---- scaling --------------------------------------------------------------------------------
 

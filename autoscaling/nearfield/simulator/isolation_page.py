@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nearfield.simulator.report import static, table
+from nearfield.simulator.report import document, round_step, table
 
 WIDTH, HEIGHT = 960, 380
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 16, 40
@@ -28,15 +28,16 @@ def page(found: Mapping[str, Any]) -> str:
             f"{_time(now['others']['p99_ms'])} → {_time(choice['others']['p99_ms'])} for "
             f"{100 * choice['cost_over_now']:+.0f} % of the cost."
         )
-    return _PAGE.format(
-        name=html.escape(found["simulation"]),
-        css=static("report.css"),
-        verdict=html.escape(verdict),
-        noisy=html.escape(found["noisy"]),
+    header = (
+        f"<p>{html.escape(verdict)}</p>\n"
+        f"<p>The others are protected from {html.escape(found['noisy'])}.</p>"
+    )
+    body = _BODY.format(
         plot=_plot(found),
         rows=_rows(found),
         figures="\n".join(f"<li>{html.escape(text)}</li>" for text in figures),
     )
+    return document(found["simulation"], "pools", header, body)
 
 
 def _rows(found: Mapping[str, Any]) -> str:
@@ -137,8 +138,7 @@ def _plot(found: Mapping[str, Any]) -> str:
 
 
 def _ticks(low: float, high: float) -> Sequence[float]:
-    step = 10.0 ** math.floor(math.log10((high - low) / 4))
-    step *= next(k for k in (1, 2, 2.5, 5, 10) if (high - low) / (k * step) <= 6)
+    step = round_step(high - low, 6)
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
@@ -146,29 +146,11 @@ def _time(ms: float | None) -> str:
     return "failed" if ms is None else f"{ms:,.0f} ms"
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}: pools</title>
-<style>
-{css}</style>
-</head>
-<body>
-<header>
-<p class="badge">simulated</p>
-<h1>{name}</h1>
-<p>{verdict}</p>
-<p>The others are protected from {noisy}.</p>
-</header>
-<section class="plots">
+_BODY = """<section class="plots">
 {plot}
 </section>
 <section><h2>Layouts</h2>{rows}</section>
 <footer><h2>Where the figures are from</h2><ul>
 {figures}
 </ul><p>Made by <code>nearfield pools plan</code>.</p></footer>
-</body>
-</html>
 """

@@ -68,13 +68,10 @@ def page(result: Plain) -> str:
         ],
         "frame": [WIDTH, LEFT, RIGHT],
     }
-    name = html.escape(result["simulation"])
-    return _PAGE.format(
-        name=name,
-        css=static("report.css"),
-        js=static("report.js"),
+    header = f"<p>{html.escape(_subtitle(result))}</p>"
+    body = _BODY.format(
+        js=_static("report.js"),
         data=json.dumps(data, separators=(",", ":")).replace("</", "<\\/"),
-        subtitle=html.escape(_subtitle(result)),
         tiles="\n".join(_tiles(result)),
         plots=drawn,
         models=_models(result),
@@ -83,9 +80,20 @@ def page(result: Plain) -> str:
         history=_history(result, clock),
         assumed="\n".join(f"<li>{html.escape(text)}</li>" for text in result["assumed"]),
     )
+    return document(result["simulation"], "simulated", header, body)
 
 
-def static(name: str) -> str:
+def document(name: str, what: str, header: str, body: str) -> str:
+    """A page of its own, of simulated figures.
+
+    Args:
+        header, body: HTML.
+    """
+    title = html.escape(name)
+    return _PAGE.format(name=title, what=what, css=_static("report.css"), header=header, body=body)
+
+
+def _static(name: str) -> str:
     folder = resources.files("nearfield.simulator") / "static"
     return (folder / name).read_text(encoding="utf-8")
 
@@ -463,14 +471,19 @@ def _scale(plot: Plot) -> tuple[Callable[[float], float], list[float]]:
 
         decades = [10.0**k for k in range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)]
         return logarithmic, decades
-    step = 10.0 ** math.floor(math.log10(most / 4))
-    step *= next(k for k in (1, 2, 2.5, 5, 10) if most / (k * step) <= 5)
+    step = round_step(most, 5)
     top = step * math.ceil(most / step - 1e-9)
 
     def linear(value: float) -> float:
         return TOP + span * (1.0 - min(1.0, value / top))
 
     return linear, [i * step for i in range(round(top / step) + 1)]
+
+
+def round_step(span: float, most: int) -> float:
+    """Between the values that an axis names: at most so many in its span."""
+    step = 10.0 ** math.floor(math.log10(span / 4))
+    return step * next(k for k in (1, 2, 2.5, 5, 10) if span / (k * step) <= most)
 
 
 def _number(value: float) -> str:
@@ -482,7 +495,7 @@ _PAGE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}: simulated</title>
+<title>{name}: {what}</title>
 <style>
 {css}</style>
 </head>
@@ -490,9 +503,13 @@ _PAGE = """<!doctype html>
 <header>
 <p class="badge">simulated</p>
 <h1>{name}</h1>
-<p>{subtitle}</p>
+{header}
 </header>
-<section class="tiles">
+{body}</body>
+</html>
+"""
+
+_BODY = """<section class="tiles">
 {tiles}
 </section>
 <section class="plots">
@@ -509,6 +526,4 @@ _PAGE = """<!doctype html>
 <script id="data" type="application/json">{data}</script>
 <script>
 {js}</script>
-</body>
-</html>
 """

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from nearfield.core.check import located
+from nearfield.core.check import located, repeated
 from nearfield.core.problems import Finding, Problem, did_you_mean, findings
 from nearfield.core.spec import Name, Strict
 from nearfield.core.yaml_document import Path as At
@@ -37,7 +37,6 @@ from pydantic import Field, ValidationError, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Shape = Annotated[float, Field(ge=0, le=100)]
 
 
 # ---- numbers that are drawn ---------------------------------------------------------------------
@@ -371,19 +370,7 @@ def read(path: Path, name: str | None = None) -> Scenario | list[Problem]:
     if isinstance(document, Problem):
         return [document]
     if document.duplicates:
-        return [
-            located(
-                name,
-                document,
-                Finding(
-                    twice.path,
-                    f"stands here twice, first on line {twice.first_line}",
-                    "remove one of them: YAML silently takes the last",
-                    twice.value,
-                ),
-            )
-            for twice in document.duplicates
-        ]
+        return [located(name, document, finding) for finding in repeated(document)]
     try:
         scenario = Scenario.model_validate(document.value, strict=True)
     except ValidationError as error:

@@ -69,6 +69,17 @@ def located(file: str, document: Document, finding: Finding) -> Problem:
     )
 
 
+def repeated(document: Document) -> Iterator[Finding]:
+    """Keys that a section has twice."""
+    for duplicate in document.duplicates:
+        yield Finding(
+            duplicate.path,
+            f"stands here twice, first on line {duplicate.first_line}",
+            "remove one of them: YAML silently takes the last",
+            duplicate.value,
+        )
+
+
 def model_applications(document: Document) -> Iterator[tuple[int, dict[str, Any]]]:
     """The applications of a config that serve models of ours, with their index."""
     for index, app in _applications(document):
@@ -83,13 +94,7 @@ def _applications(document: Document) -> Iterator[tuple[int, Any]]:
 
 
 def _check_document(document: Document) -> Iterator[Finding]:
-    for duplicate in document.duplicates:
-        yield Finding(
-            duplicate.path,
-            f"stands here twice, first on line {duplicate.first_line}",
-            "remove one of them: YAML silently takes the last",
-            duplicate.value,
-        )
+    yield from repeated(document)
     data = document.value
     if not isinstance(data, dict):
         yield Finding((), "must be a section of keys", "begin with `applications:`", data)

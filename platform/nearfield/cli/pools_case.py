@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nearfield.core.errors import BadRequest
@@ -16,6 +17,7 @@ _PRODUCT = re.compile(
     r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)=(?P<base>\d+(?:\.\d+)?)(?:\.\.(?P<burst>\d+(?:\.\d+)?))?"
     r":(?P<prompt>\d+)/(?P<answer>\d+)"
 )
+DURATION_S = 3600.0
 BURST_EVERY_S, BURST_LASTS_S = 480.0, 60.0
 """Of products that are given two rates. Assumed."""
 P95_TO_P50 = 3.0
@@ -27,9 +29,19 @@ UTILISATION = 0.35
 """Of the shared pool as it is, where nobody says how large it is. Assumed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a replica runs on. name: `aws/us-east-1/g6.xlarge`."""
+
+    name: str
+    usd_per_hour: float
+    accelerator: str
+    chips: int
+
+
 def case_of(
-    products: Sequence[str], catalog: Catalog, *, model: str, precision: str | None, machine: str,
-    usd_per_hour: float, accelerator: str, chips: int, replicas: int | None, hours: float,
+    products: Sequence[str], catalog: Catalog, *, model: str, precision: str | None,
+    machine: Machine, replicas: int | None,
 ) -> Scenario:  # fmt: skip
     """One pool of that machine, shared by those products.
 
@@ -38,20 +50,20 @@ def case_of(
     """
     from nearfield.simulator.scenario import Scenario
 
-    engine = _engine(catalog, model, precision, accelerator, chips)
+    engine = _engine(catalog, model, precision, machine)
     traffic = [_traffic(text) for text in products]
     names = [each["product"] for each in traffic]
     for name in names:
         if names.count(name) > 1:
             raise BadRequest(f"--product: {name} stands there twice", param="product")
     served = re.sub(r"[^A-Za-z0-9._-]+", "-", model.removesuffix("/").rpartition("/")[2])
-    pool = {"pool": "everybody", "model": served, "engine": accelerator, "max_replicas": 100_000,
-            "usd_per_hour": usd_per_hour}  # fmt: skip
+    pool = {"pool": "everybody", "model": served, "engine": machine.accelerator,
+            "max_replicas": 100_000, "usd_per_hour": machine.usd_per_hour}  # fmt: skip
     data: dict[str, Any] = {
-        "simulation": f"{served}-on-{machine.rpartition('/')[2]}",
-        "duration_s": hours * 3600,
+        "simulation": f"{served}-on-{machine.name.rpartition('/')[2]}",
+        "duration_s": DURATION_S,
         "regions": [{"region": "here", "jurisdiction": "here"}],
-        "engines": [{"engine": accelerator, **engine}],
+        "engines": [{"engine": machine.accelerator, **engine}],
         "models": [{"model": served}],
         "pools": [pool],
         "traffic": [{"model": served, **each} for each in traffic],
@@ -98,15 +110,14 @@ def _lengths(mean: int) -> dict[str, Any]:
     return {"kind": "lognormal", "p50": p50, "p95": P95_TO_P50 * p50}
 
 
-def _engine(
-    catalog: Catalog, name: str, precision: str | None, accelerator: str, chips: int
-) -> dict[str, Any]:
+def _engine(catalog: Catalog, name: str, precision: str | None, machine: Machine) -> dict[str, Any]:
     """Timings of one replica, by the roofline that `nearfield plan` uses."""
     from nearfield.cli.market import kinds_of
     from nearfield.cli.model_sizes import model_size
     from nearfield.policy.roofline import Setup
 
     size = model_size(name, catalog.models)
+    accelerator, chips = machine.accelerator, machine.chips
     kind = kinds_of(catalog)[accelerator]
     wanted = kind.native(precision or size.precision)
     if kind.native_16 is None or kind.chip.rate(wanted) is None:

@@ -14,6 +14,7 @@ from nearfield.cli.output import json_option, print_json, print_table
 from nearfield.core.errors import BadRequest
 
 if TYPE_CHECKING:
+    from nearfield.cli.pools_case import Machine
     from nearfield.simulator.isolation import Comparison, Row
     from nearfield.simulator.neighbours import Fare
     from nearfield.simulator.scenario import Scenario
@@ -203,18 +204,9 @@ class Source:
     engine: str
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What a replica runs on. name: `aws/us-east-1/g6.xlarge`."""
-
-    name: str
-    usd_per_hour: float
-    accelerator: str
-    chips: int
-
-
 def _machine(given: str) -> Machine:
     """Of the catalogue, on demand."""
+    from nearfield.cli.pools_case import Machine
     from nearfield.core.catalog_files import read_catalog
     from nearfield.core.problems import did_you_mean
 
@@ -273,12 +265,8 @@ def _typed(
         read_catalog(),
         model=model,
         precision=precision,
-        machine=machine.name,
-        usd_per_hour=machine.usd_per_hour,
-        accelerator=machine.accelerator,
-        chips=machine.chips,
+        machine=machine,
         replicas=replicas,
-        hours=1.0,
     )
 
 

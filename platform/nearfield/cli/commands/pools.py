@@ -106,15 +106,17 @@ def plan(
 
     Exit code 1 if no layout keeps the promises, 2 if the scenario is invalid.
     """
-    from nearfield.cli.commands.check import print_problems
-    from nearfield.cli.commands.simulate import progress_bar, write_file
+    from nearfield.cli.commands.simulate import (
+        check_folders,
+        progress_bar,
+        read_scenario,
+        write_file,
+    )
     from nearfield.simulator.isolation import compare
     from nearfield.simulator.neighbours import Case
-    from nearfield.simulator.scenario import read
 
     goal_s, goals_s = _goals(goals)
-    if report is not None and not report.parent.is_dir():
-        raise BadRequest(f"{report.parent} does not exist: create it, or name another file.")
+    check_folders(report)
     machine = None if price is None else _machine(price)
     source = Source("assumed, the scenario's", "assumed, the scenario's")
     folder = Path()
@@ -129,11 +131,10 @@ def plan(
             param="product",
         )
     else:
-        read_one = read(scenario)
-        if isinstance(read_one, list):
-            print_problems(read_one)
+        read = read_scenario(scenario)
+        if read is None:
             return EXIT_INVALID
-        found, folder = read_one, scenario.parent
+        found, folder = read, scenario.parent
     usd_per_hour = None if machine is None else machine.usd_per_hour
     served = model if scenario is not None else None
     case = Case(found, folder, model=served, usd_per_hour=usd_per_hour, seed=seed)

@@ -56,10 +56,8 @@ def simulate(
     from nearfield.simulator.books import InvariantError
     from nearfield.simulator.result import simulate as run
 
-    for written in (report, out):
-        if written is not None and not written.parent.is_dir():
-            raise BadRequest(f"{written.parent} does not exist: create it, or name another file.")
-    read = _read(scenario)
+    check_folders(report, out)
+    read = read_scenario(scenario)
     if read is None:
         return EXIT_INVALID
     measured: dict[str, Any] = {}
@@ -108,7 +106,14 @@ def simulate(
     return 0
 
 
-def _read(path: Path) -> Scenario | None:
+def check_folders(*files: Path | None) -> None:
+    """Of what is to be written: better said before a long run than after it."""
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise BadRequest(f"{file.parent} does not exist: create it, or name another file.")
+
+
+def read_scenario(path: Path) -> Scenario | None:
     """The scenario; None, and what is wrong with it has been said."""
     from nearfield.simulator.scenario import read
 

@@ -233,9 +233,9 @@ def _models(result: Plain) -> str:
                 model["model"],
                 model["policy"],
                 f"{model['arrived']:,}",
-                _percent(model["late_fraction"]),
+                percent(model["late_fraction"]),
                 "kept" if model["slo_kept"] else "missed",
-                *(_seconds(model["ttft_s"][q]) for q in ("p50", "p95", "p99")),
+                *(latency(model["ttft_s"][q]) for q in ("p50", "p95", "p99")),
                 f"{model['usd']:,.2f}",
             )
             for model in result["models"]
@@ -283,12 +283,12 @@ def _traffic(result: Plain) -> str:
                 each["traffic"],
                 each["origin"],
                 f"{each['arrived']:,}",
-                _percent(each["late_fraction"]),
+                percent(each["late_fraction"]),
                 f"{each['abroad']:,}",
                 f"{each['refused']:,}",
                 f"{each['expired']:,}",
                 f"{each['lost']:,}",
-                _seconds(each["ttft_s"]["p99"]),
+                latency(each["ttft_s"]["p99"]),
             )
             for each in result["traffic"]
         ],
@@ -335,11 +335,11 @@ def _usd(usd: float) -> str:
     return f"${usd:,.2f}" if usd < 1000 else f"${usd:,.0f}"
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.2f} %"
 
 
-def _seconds(seconds: float | None) -> str:
+def latency(seconds: float | None) -> str:
     if seconds is None:
         return "–"
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"

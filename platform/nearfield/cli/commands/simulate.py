@@ -155,6 +155,8 @@ def progress_bar(name: str) -> Iterator[Callable[[float], None]]:
 
 
 def _show(result: dict[str, Any]) -> None:
+    from nearfield.simulator.report import latency, percent
+
     requests, cost = result["requests"], result["cost"]
     rows = []
     for model in result["models"]:
@@ -162,9 +164,9 @@ def _show(result: dict[str, Any]) -> None:
             [
                 model["model"],
                 f"{model['arrived']:,}",
-                _percent(model["attainment"]),
+                percent(model["attainment"]),
                 "kept" if model["slo_kept"] else "missed",
-                *(_seconds(model["ttft_s"][q]) for q in ("p50", "p95", "p99")),
+                *(latency(model["ttft_s"][q]) for q in ("p50", "p95", "p99")),
                 f"{model['usd']:,.2f}",
             ]
         )
@@ -187,20 +189,10 @@ def _show(result: dict[str, Any]) -> None:
     click.echo()
     spot = cost["usd_by_capacity"]["spot"]
     click.echo(
-        f"late {_percent(requests['late_fraction'])}; of those {requests['refused']:,} refused, "
+        f"late {percent(requests['late_fraction'])}; of those {requests['refused']:,} refused, "
         f"{requests['expired']:,} expired, {requests['lost']:,} lost"
     )
     click.echo(
         f"{cost['usd']:,.2f} USD ({spot:,.2f} of it spot), {cost['usd_per_hour']:,.2f} an hour; "
         f"{result['decisions']['that_changed_something']:,} decisions changed something"
     )
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.2f} %"
-
-
-def _seconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"

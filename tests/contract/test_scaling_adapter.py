@@ -109,6 +109,15 @@ def test_totals_of_replicas_become_arrivals_and_concurrency_a_target() -> None:
     assert 6 <= busy(made, 300, rate=40.0, ongoing=24.0) <= 9
 
 
+def test_a_changed_config_takes_no_replicas_past_for_a_burst() -> None:
+    """Serve makes a new policy for it, which meets replicas that have counted for long."""
+    made = Deployment()
+    made.running = made.target = 2
+    busy(made, 300, rate=40.0, ongoing=24.0)
+    made.policy, made.state = _resolve_policy_callable(made.config.policy), {}
+    assert 6 <= busy(made, 60, rate=40.0, ongoing=24.0) <= 9
+
+
 def test_replicas_that_do_not_report_are_no_data_and_stay() -> None:
     made = Deployment()
     made.running = made.target = 3

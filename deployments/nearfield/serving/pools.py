@@ -75,6 +75,7 @@ class Watch:
     def __init__(self) -> None:
         self._asked_s: list[float] = []  # when the replicas that start were asked for
         self._running: frozenset[str] = frozenset()
+        self._found: frozenset[str] = frozenset()  # were there when this began to watch
         self._target: int | None = None
         self._totals: dict[str, dict[str, float]] = {}
         self._now: dict[str, float] = {}
@@ -88,7 +89,9 @@ class Watch:
         running = frozenset(r.unique_id for r in context.running_replicas)
         target = context.target_num_replicas
         came, went = len(running - self._running), len(self._running - running)
-        if self._target is not None:
+        if self._target is None:
+            self._found = running
+        else:
             for asked_s in self._asked_s[:came]:
                 self._boots_s.append(now_s - asked_s)
             meant = max(0, len(self._running) + len(self._asked_s) - target)
@@ -113,7 +116,9 @@ class Watch:
                     reduce = max if name.endswith("_s") else float.__add__
                     self._now[name] = reduce(self._now.get(name, 0.0), value)
                     continue
-                before = self._totals.setdefault(key, {}).get(name, 0.0)
+                # What a replica did before it was watched did not come in this second.
+                first = value if key in self._found else 0.0
+                before = self._totals.setdefault(key, {}).get(name, first)
                 self._since[name] = self._since.get(name, 0.0) + max(0.0, value - before)
                 self._totals[key][name] = value
         self._totals = {key: own for key, own in self._totals.items() if key in running}

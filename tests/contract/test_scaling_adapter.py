@@ -10,6 +10,7 @@ import pytest
 from nearfield.policy.scale import NO_DATA
 from nearfield.serving import pools
 from nearfield.serving.gate import Gate
+from nearfield.serving.launches import Launches
 from pydantic import ValidationError
 
 with warnings.catch_warnings():
@@ -40,6 +41,7 @@ class Deployment:
         self.policy = _resolve_policy_callable(self.config.policy)
         self.state: dict[str, Any] = {}
         self.totals: dict[str, dict[str, float]] = {}
+        self.queued = 0.0
 
     def report(self, **facts: float) -> None:
         """Every running replica reports these."""
@@ -66,7 +68,7 @@ class Deployment:
             target_num_replicas=self.target,
             running_replicas=list(replicas.values()),
             total_num_requests=0.0,
-            total_queued_requests=0.0,
+            total_queued_requests=self.queued,
             aggregated_metrics={},
             raw_metrics=lambda: metrics,
             capacity_adjusted_min_replicas=0,
@@ -116,6 +118,24 @@ def test_a_changed_config_takes_no_replicas_past_for_a_burst() -> None:
     busy(made, 300, rate=40.0, ongoing=24.0)
     made.policy, made.state = _resolve_policy_callable(made.config.policy), {}
     assert 6 <= busy(made, 60, rate=40.0, ongoing=24.0) <= 9
+
+
+def test_while_launches_of_its_node_type_fail_another_pool_takes_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failed_s: dict[str, float] = {}
+    monkeypatch.setattr(pools, "_LAUNCHES", Launches(lambda: failed_s))
+    options = {"model": "assistant", "boot_s": 600}
+    spot = Deployment("spot", kind="spot", usd_per_hour=1, node_types=["l4-spot"], **options)
+    steady = Deployment("steady", usd_per_hour=3, node_types=["l4"], **options)
+    spot.target = 1  # Serve's own first replica, for a request that waits
+    spot.queued = 1.0
+    for _ in range(5):
+        assert (spot.ask(), steady.ask()) == (1, 0)
+    failed_s["l4-spot"] = spot.now_s
+    for _ in range(5):
+        spot.ask(), steady.ask()
+    assert (spot.target, steady.target) == (1, 1)
 
 
 def test_replicas_that_do_not_report_are_no_data_and_stay() -> None:

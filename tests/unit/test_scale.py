@@ -137,6 +137,28 @@ def test_a_pool_whose_starts_are_overdue_is_replaced_and_tried_again() -> None:
     assert counts["spot"] == 1  # waits for a machine: how it is noticed that there are some again
 
 
+def test_a_pool_whose_first_replica_finds_no_machine_is_replaced_at_once() -> None:
+    """Before any speed is known, too: the cloud is out of spot when the first request comes."""
+    spot = PoolSpec("spot", kind="spot", max_replicas=9, usd_per_hour=1.0)
+    steady = PoolSpec("on-demand", max_replicas=9, usd_per_hour=3.0)
+    spec = ScalingSpec((spot, steady))
+
+    def targets(state: State, second: float, waits_s: float) -> tuple[dict[str, int], State]:
+        pools = (
+            PoolSignals(
+                "spot", 0, starting=(waits_s,), ongoing=1.0, queued=1.0, arrivals=0.0, late=0.0
+            ),
+            PoolSignals("on-demand", 0, ongoing=0.0, queued=0.0, arrivals=0.0, late=0.0),
+        )
+        decision, state = step(Signals(second, pools), state, spec)
+        return {t.name: t.replicas for t in decision.targets}, state
+
+    counts, state = targets(State(), 1.0, waits_s=1.0)
+    assert counts == {"spot": 1, "on-demand": 0}
+    counts, state = targets(state, 2.0, waits_s=math.inf)
+    assert counts == {"spot": 1, "on-demand": 1}
+
+
 def test_spot_is_spread_over_zones_with_a_spare() -> None:
     zones = [PoolSpec(z, kind="spot", zone=z, max_replicas=9, boot_s=600.0) for z in "abc"]
     made = world(*zones, boot_s=600.0).run(1500, 60.0)

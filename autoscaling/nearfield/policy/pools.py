@@ -51,7 +51,8 @@ class PoolSignals:
     Attributes:
         name: as in the spec.
         running: replicas that can serve, without those draining.
-        starting: ages of the replicas that were asked for and cannot serve yet, seconds.
+        starting: ages of the replicas that were asked for and cannot serve yet, seconds. Infinite:
+            it waits for a machine that cannot be had now.
         draining: replicas that finish what they have and get nothing new. They cost, and count
             for no target.
         ongoing: requests in the pool, queued ones included.

@@ -407,11 +407,11 @@ def _place(
         for member in members:
             pool = member.spec
             count = max(member.before, pool.min_replicas)
-            if needed > count:
-                count, needed = min(needed, pool.max_replicas), needed - pool.max_replicas
-            else:
-                needed = 0
-            counts[pool.name] = max(pool.min_replicas, min(pool.max_replicas, count))
+            # What it has, but for those that wait for a machine.
+            gives = min(count, member.good + member.coming) if _refused(member) else count
+            more = max(0, min(needed - gives, _most(member, now_s) - count))
+            needed = max(0, needed - gives - more)
+            counts[pool.name] = max(pool.min_replicas, min(pool.max_replicas, count + more))
             notes[pool.name] = f"{counts[pool.name]}: {wanted.why}"
         return
     offers = [_offer(m, now_s) for m in members]
@@ -431,17 +431,27 @@ def _place(
         notes[pool.name] = f"{count}: {why}"
 
 
-def _offer(member: _Member, now_s: float) -> mix.Offer:
-    """What one pool can give now: all it may have, unless its last launches came to nothing."""
-    pool, trust = member.spec, member.pool.trust
-    assert member.work_s is not NO_DATA
-    most = pool.max_replicas
-    if trust.backoff_s > 0.0:
+def _refused(member: _Member) -> bool:
+    """Whether its last launches came to nothing."""
+    return member.pool.trust.backoff_s > 0.0
+
+
+def _most(member: _Member, now_s: float) -> int:
+    """What one pool can have now: all it may have, unless it is refused."""
+    most = member.spec.max_replicas
+    if _refused(member):
         # What it has; and one to find out, once the time has come or if it waits there already.
         waiting = member.signals is not None and len(member.signals.starting) > member.coming
-        ask = waiting or (now_s >= trust.blocked_s and not member.coming)
+        ask = waiting or (now_s >= member.pool.trust.blocked_s and not member.coming)
         most = min(most, member.good + member.coming + ask)
-    most = max(most, pool.min_replicas)
+    return max(most, member.spec.min_replicas)
+
+
+def _offer(member: _Member, now_s: float) -> mix.Offer:
+    """What one pool can give now."""
+    pool = member.spec
+    assert member.work_s is not NO_DATA
+    most = _most(member, now_s)
     have = min(member.good + member.coming, most)
     return mix.Offer(member.work_s, member.usd, have, pool.min_replicas, most, member.boot_s)
 

@@ -29,6 +29,7 @@ from nearfield.policy.scale import (
     step,
 )
 from nearfield.serving.gate import WAITS_S
+from nearfield.serving.launches import Launches
 from ray.serve.config import AutoscalingContext
 
 log = logging.getLogger(
@@ -103,6 +104,11 @@ class Watch:
         self._running, self._target = running, target
         self._count(context, running, now_s)
 
+    @property
+    def starting(self) -> bool:
+        """Whether a replica was asked for that does not run yet."""
+        return bool(self._asked_s)
+
     def _count(self, context: AutoscalingContext, running: frozenset[str], now_s: float) -> None:
         metrics = context.raw_metrics or {}
         self._now, heard = {}, set()
@@ -125,8 +131,14 @@ class Watch:
         self._known = bool(heard & running) or not running
         self._now["handles"] = float(context.total_queued_requests or 0.0)
 
-    def signals(self, name: str, max_wait_s: float, now_s: float) -> PoolSignals:
-        """What came since the last time this was asked."""
+    def signals(
+        self, name: str, max_wait_s: float, now_s: float, *, refused: bool = False
+    ) -> PoolSignals:
+        """What came since the last time this was asked.
+
+        Args:
+            refused: the nodes that its replicas would start on cannot be had now.
+        """
         since, self._since = self._since, {}
         boots_s, self._boots_s = tuple(self._boots_s), []
         lost, self._lost = self._lost, 0
@@ -139,7 +151,7 @@ class Watch:
         return PoolSignals(
             name,
             running=len(self._running),
-            starting=tuple(now_s - asked_s for asked_s in self._asked_s),
+            starting=tuple(math.inf if refused else now_s - asked_s for asked_s in self._asked_s),
             ongoing=known(queued + seen.get("running", 0.0)),
             queued=known(queued),
             arrivals=known(since.get("arrived_total", 0.0)),
@@ -233,7 +245,12 @@ class Fleet:
             idle_s=max(o.idle_s for o in options),
         )
         fresh = tuple(
-            m.watch.signals(m.spec.name, spec.max_wait_s, now_s)
+            m.watch.signals(
+                m.spec.name,
+                spec.max_wait_s,
+                now_s,
+                refused=m.watch.starting and _LAUNCHES.refused(m.options.node_types, now_s),
+            )
             for m in members
             if now_s - m.heard_s <= SILENT_S
         )
@@ -253,6 +270,7 @@ class Fleet:
                 yield f"scaling {self._model}: {target.name}: {change}{target.reason}"
 
 
+_LAUNCHES = Launches()
 _FLEETS: dict[str, Fleet] = {}
 """By model. The controller's process is where the pools of a model meet: Serve makes one policy for
 each deployment and none for several applications."""

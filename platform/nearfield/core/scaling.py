@@ -34,6 +34,11 @@ class ScalingOptions(Strict):
     pool: Name = Field("default", description="as in the application's args")
     products: list[Name] = Field([], description="whose pool it is; empty: everybody's")
     kind: Literal["spot", "on_demand"] = "on_demand"
+    node_types: list[str] = Field(
+        [],
+        description="of the cluster file, that its replicas run on: while their launches fail, "
+        "other pools take over at once",
+    )
     zone: str = Field("", max_length=64, description="spot pools of several zones are spread over")
     usd_per_hour: float = Field(
         1.0, ge=0, allow_inf_nan=False, description="price of one replica; pools are compared by it"

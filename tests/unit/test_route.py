@@ -370,3 +370,56 @@ class TestTheSetStands:
     def test_who_is_gone_is_left_out_and_comes_back_without_waiting_anew(self) -> None:
         steps = self.held((0, 0.1), (310, None), (320, 0.1))
         assert steps == [{0, 1}, {0}, {0, 1}]
+
+
+def test_how_busy_a_region_is_is_no_difference_from_its_neighbour() -> None:
+    """Its first byte takes longer because fewer replicas share its prompts: the way decides."""
+    home = at(0, "eu-west", rtt_s=0.001, first_byte_s=0.045)
+    larger = at(1, "eu-north", rtt_s=0.010, first_byte_s=0.030)
+    found = made(home, larger)
+    picked = pick(found, [0, 0], 0.5)
+    assert chosen(picked) == ("eu-west", "nearest")
+    assert isinstance(picked, Pick)
+    assert picked.predicted_s == pytest.approx(0.046)  # what is told is what is expected
+    lines = explain(found, picked, [0, 0]).lines
+    assert lines[1].reason == "9.0 ms slower where first bytes are alike"
+
+
+@pytest.mark.parametrize(
+    ("first_byte_s", "region"),
+    [(0.065, "eu-north"), (0.150, "eu-north"), (0.059, "eu-west")],
+)
+def test_slower_hardware_is_a_difference(first_byte_s: float, region: str) -> None:
+    home = at(0, "eu-west", rtt_s=0.001, first_byte_s=first_byte_s)
+    faster = at(1, "eu-north", rtt_s=0.004, first_byte_s=0.030)
+    assert chosen(pick(made(home, faster), [0, 0], 0.5))[0] == region
+
+
+def test_between_pools_of_one_region_every_millisecond_counts() -> None:
+    slow = at(0, "eu-west", pool="l4", first_byte_s=0.045)
+    fast = at(1, "eu-west", pool="h100", first_byte_s=0.035)
+    far = at(2, "us-east", pool="h100", first_byte_s=0.030, rtt_s=0.1)
+    found = pick(made(slow, fast, far), [0, 0, 0], 0.5)
+    assert isinstance(found, Pick)
+    assert found.candidate.state.endpoint.pool == "h100"
+    assert found.candidate.state.endpoint.region == "eu-west"
+
+
+def test_what_company_cost_is_forgotten_when_it_has_gone() -> None:
+    """Nobody is sent to the near region any more, so nobody learns that it is quick again."""
+    far = at(1, "us-east", rtt_s=0.05, first_byte_s=0.03, load=3)
+
+    def near(first_byte_s: float, load: int) -> EndpointState:
+        return at(0, "eu-west", rtt_s=0.001, first_byte_s=first_byte_s, load=load)
+
+    found = made(near(0.04, 3), far)  # what it takes with little to do
+    found = plan([near(0.4, 4), far], Ask("chat"), ANYONE, now_s=600, previous=found)
+    assert chosen(pick(found, [0, 0], 0.5))[0] == "us-east"
+    expected_s = []
+    for now_s in (601, 660, 1200):
+        found = plan([near(0.4, 0), far], Ask("chat"), ANYONE, now_s=now_s, previous=found)
+        expected_s.append(found.by_number[0].candidate.state.first_byte_s)
+    assert expected_s == pytest.approx([0.396, 0.22, 0.04], rel=0.01)
+    assert chosen(pick(found, [0, 0], 0.5))[0] == "eu-west"
+    found = plan([near(0.4, 1), far], Ask("chat"), ANYONE, now_s=1201, previous=found)
+    assert found.by_number[0].candidate.state.first_byte_s == 0.4  # measured is measured

@@ -194,6 +194,8 @@ def _not_chosen(
         reasons.append("near-equal, not drawn or fuller")
     elif behind_s > 0:
         reasons.append(f"{behind_s * 1000:.1f} ms slower")
+        if row.candidate.idle_s + wait_s < decision.predicted_s:
+            reasons[-1] += " where first bytes are alike"
     handicap_s = row.candidate.state.endpoint.handicap_s
     if handicap_s:
         reasons.append(f"handicap {handicap_s * 1000:.0f} ms")

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from nearfield.policy.endpoints import (
@@ -58,6 +58,15 @@ NEARER, NEARER_S = 0.05, 0.001
 FARTHER, FARTHER_S = 0.12, 0.003
 """... or who is in it is farther than the nearest by so much."""
 
+ALIKE, ALIKE_S = 2.0, 0.03
+"""Regions answer alike whose first bytes differ by less, as a ratio and in seconds. So much comes
+of how busy they are, and that follows the traffic: who serves more has more replicas, waits less
+for one of them, and would draw the neighbours' traffic as well, for good."""
+
+FORGET_S = 60.0
+"""A first byte that took longer than it can, because of company, is half forgotten so long after
+the company has gone: nobody who stays away learns that it has."""
+
 SLO_JOIN, SLO_LEAVE = 0.8, 0.9
 """Shares of the SLO that a mean prediction must keep to count as meeting it, coming and staying."""
 ECONOMY_SLO_S = 2.0
@@ -78,7 +87,8 @@ class Candidate:
 
     Attributes:
         idle_s: predicted time to first byte with an empty queue.
-        floor_s: that and the operator's handicap: what it is compared by before the queue.
+        floor_s: that, less what makes its region no other than the fastest (`ALIKE`), and the
+            operator's handicap: what it is compared by before the queue.
         wait_s: predicted wait at the poll.
     """
 
@@ -86,6 +96,13 @@ class Candidate:
     idle_s: float
     floor_s: float
     wait_s: float
+
+
+class Heard(NamedTuple):
+    """Of an endpoint, over many polls: the least first byte, and when it last had requests."""
+
+    least_s: float
+    used_s: float
 
 
 class Row(NamedTuple):
@@ -125,6 +142,7 @@ class Plan:
         degraded: plans of the declared fallback models, in order.
         made_s: when. since_s: when the first of those was that replaced each other.
         changed_s: when `held` last changed for another reason than that somebody was gone.
+        heard: by endpoint.
     """
 
     ask: Ask
@@ -139,6 +157,7 @@ class Plan:
     made_s: float
     since_s: float
     changed_s: float
+    heard: dict[int, Heard]
     by_number: dict[int, Row]
 
 
@@ -185,7 +204,10 @@ def plan(
     if any(smaller.caller != caller for smaller in degraded):
         raise ValueError("a fallback model's plan must be made for the same class of callers")
     passed, refused = eligible(states, ask, caller)
-    candidates = [_candidate(state) for state in passed]
+    heard = {} if previous is None else previous.heard.copy()
+    passed = [_recalled(state, heard, now_s) for state in passed]
+    alike_s = _alike(passed)
+    candidates = [_candidate(state, alike_s[state.endpoint.region]) for state in passed]
     held, since_s, changed_s = frozenset[int](), now_s, now_s
     if previous is not None:
         held, since_s, changed_s = previous.held, previous.since_s, previous.changed_s
@@ -217,11 +239,39 @@ def plan(
         made_s=now_s,
         since_s=since_s,
         changed_s=changed_s,
+        heard=heard,
         by_number={row.number: row for row in rows},
     )
 
 
-def _candidate(state: EndpointState) -> Candidate:
+def _recalled(state: EndpointState, heard: dict[int, Heard], now_s: float) -> EndpointState:
+    """With the first byte that is to be expected if nobody has been there for a while."""
+    first_s, number = state.first_byte_s, state.number
+    before = heard.get(number)
+    if before is None:
+        heard[number] = Heard(first_s, now_s)
+        return state
+    least_s = min(before.least_s, first_s)
+    used_s = now_s if state.load else before.used_s
+    heard[number] = Heard(least_s, used_s)
+    if used_s == now_s or first_s == least_s:
+        return state
+    left = 0.5 ** ((now_s - used_s) / FORGET_S)
+    return replace(state, first_byte_s=least_s + left * (first_s - least_s))
+
+
+def _alike(states: Sequence[EndpointState]) -> dict[str, float]:
+    """By region: seconds of its first bytes that are no difference from the fastest region's."""
+    fastest_s: dict[str, float] = {}
+    for state in states:
+        region, first_s = state.endpoint.region, state.first_byte_s
+        fastest_s[region] = min(fastest_s.get(region, first_s), first_s)
+    least_s = min(fastest_s.values(), default=0.0)
+    most_s = min((ALIKE - 1.0) * least_s, ALIKE_S)
+    return {region: min(first_s - least_s, most_s) for region, first_s in fastest_s.items()}
+
+
+def _candidate(state: EndpointState, alike_s: float) -> Candidate:
     idle_s = state.rtt_s + state.first_byte_s
     if state.replicas == 0:
         idle_s += state.cold_start_s or 0.0
@@ -230,7 +280,7 @@ def _candidate(state: EndpointState) -> Candidate:
         # The head of the queue has waited so long already: whatever the mean says, a queue that
         # moves slower than that is not to be expected faster.
         wait_s = max(waiting * state.turn_s, state.queue_age_s)
-    return Candidate(state, idle_s, idle_s + state.endpoint.handicap_s, wait_s)
+    return Candidate(state, idle_s, idle_s - alike_s + state.endpoint.handicap_s, wait_s)
 
 
 def _row(candidate: Candidate, echo: float) -> Row:

@@ -6,12 +6,16 @@ import asyncio
 import base64
 import json
 import logging
+import socket
+import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import pytest_asyncio
+from nearfield.core.standstill import LATE_S, TICK_S
 from starlette.types import Message
 
 from tests.support.hosting import PROGRAMS, until
@@ -399,6 +403,23 @@ async def test_a_cancelled_exchange_cancels_in_the_engine(api: Served, stream: b
     await until(lambda: api.service.host.stats.running == 0)
     assert (api.service.gate.running, api.service.gate.waiting) == (0, 0)
     assert bool(sent) == stream
+
+
+async def test_who_left_while_the_process_stood_still_is_not_served(
+    api: Served, tmp_path: Path
+) -> None:
+    """Its time to live would begin only now: it is short, and began long ago."""
+    body = json.dumps(chat(f"touch:{tmp_path / 'begun'}")).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    whole = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    with socket.create_connection(api.address) as left:
+        left.sendall(whole)
+    stays = asyncio.create_task(api.client.post(CHAT, json=chat("say:a")))
+    await asyncio.sleep(0)  # the other one's is sent meanwhile
+    time.sleep(TICK_S + LATE_S + 0.1)  # noqa: ASYNC251 (everything stands still)
+    assert (await stays).status_code == 200
+    assert (await api.client.post(CHAT, json=chat("say:a"))).status_code == 200
+    assert not (tmp_path / "begun").exists()
 
 
 # ---- the rest ---------------------------------------------------------------------------------

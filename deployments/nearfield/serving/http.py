@@ -14,7 +14,7 @@ import math
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nearfield.api.error_bodies import code_header
 from nearfield.core.errors import (
@@ -28,6 +28,7 @@ from nearfield.core.errors import (
     UnsupportedMedia,
 )
 from nearfield.core.ids import new_id
+from nearfield.core.standstill import Standstill
 from nearfield.serving.access import Access, Door
 from nearfield.telemetry import logs, names
 from nearfield.telemetry.requests import Recorder, RequestRecord
@@ -225,12 +226,14 @@ class Frontend:
         timeout_s: the deadline of a request that brings none of its own.
         ingress_returns_id: whoever called us puts the request's id into the answer (Serve does).
         access: who may call; None: everybody.
+        standstill: of this event loop.
     """
 
     recorder: Recorder
     timeout_s: float
     ingress_returns_id: bool = False
     access: Access | None = None
+    standstill: Standstill = field(default_factory=Standstill)
 
 
 class Endpoint:
@@ -295,6 +298,8 @@ class Endpoint:
                 await self._refuse_method(exchange, method)
                 return
             exchange.deadline_s = min(latest_s, self._deadline_s(exchange))
+            if wait_s := self._frontend.standstill.wait_s():
+                await asyncio.sleep(wait_s)  # a caller that has left is noticed as its body is read
             async with asyncio.timeout(exchange.deadline_s - time.monotonic()):
                 await handler(exchange)
         except NearfieldError as error:

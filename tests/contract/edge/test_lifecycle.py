@@ -7,11 +7,13 @@ import os
 import socket
 import ssl
 import sys
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from nearfield.core.standstill import LATE_S, TICK_S
 from nearfield.edge.proxy.handover import Offer, inherit
 from nearfield.edge.proxy.limits import Limits
 from nearfield.edge.proxy.listener import bind
@@ -69,6 +71,19 @@ async def test_draining_finishes_what_was_accepted() -> None:
             assert (found.status, found.headers["connection"]) == (200, "close")
             assert await client.rest() == b""
         assert await drained == 0
+    await upstream.close()
+
+
+async def test_who_left_while_the_process_stood_still_is_not_served() -> None:
+    upstream = Upstream()
+    async with forwarding([await serving(upstream)]) as proxy:
+        client = await proxy.client()
+        with socket.create_connection(proxy.address) as left:
+            left.sendall(post({"model": "chat", "prompt": "left"}))
+        client.send(post({"model": "chat", "prompt": "stays"}))
+        time.sleep(TICK_S + LATE_S + 0.1)  # noqa: ASYNC251 (everything stands still)
+        assert (await client.answer()).status == 200
+        assert [b"stays" in heard.body for heard in upstream.heard] == [True]
     await upstream.close()
 
 

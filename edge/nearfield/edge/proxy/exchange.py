@@ -134,9 +134,19 @@ class Exchange:
 
     def start(self) -> None:
         """Run: the request is complete. It may be over when this returns."""
-        proxy, request = self._proxy, self.request
+        proxy = self._proxy
         proxy.live.add(self)
         proxy.timers.watch(self)
+        wait_s = proxy.standstill.wait_s()
+        if wait_s:
+            proxy.loop.call_later(wait_s, self._begin)
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        if self._over:
+            return  # the client had left, or the deadline had passed, while we stood still
+        request = self.request
         if request.says_model and request.method == b"POST":
             refused = facts.learn(request)
             if refused is not None:

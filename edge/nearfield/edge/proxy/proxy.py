@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Protocol
 
 from nearfield.core.errors import EngineFailed, NearfieldError, Unavailable
+from nearfield.core.standstill import Standstill
 from nearfield.edge.proxy import head, identity
 from nearfield.edge.proxy.answers import Dates
 from nearfield.edge.proxy.limits import Limits
@@ -76,6 +77,7 @@ class Proxy:
         self.limits = limits or Limits()
         self.sample_ratio = sample_ratio
         self.timers = Timers(self.loop)
+        self.standstill = Standstill(self.loop)
         self.pools = Pools(self.limits)
         self.dates = Dates()
         self.live: set[Exchange] = set()

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import pytest_asyncio
+from nearfield.api.load import LOAD_PATH, parse_load
 from nearfield.core.standstill import LATE_S, TICK_S
+from nearfield.serving.departure import LAST_WORD_S, Departure, follow
 from starlette.types import Message
 
 from tests.support.hosting import PROGRAMS, until
@@ -463,3 +465,66 @@ async def test_a_model_that_only_embeds_says_what_to_use() -> None:
         tensor = {"name": "text_input", "shape": [1], "datatype": "BYTES", "data": ["four"]}
         infer = await api.client.post("/v2/models/test/infer", json={"inputs": [tensor]})
         assert infer.json()["outputs"][0]["data"] == [4]
+
+
+# ---- a machine that is taken away ---------------------------------------------------------------
+
+
+async def test_a_leaving_replica_refuses_at_once_and_ends_what_it_has() -> None:
+    """Nothing new from the notice on; what is short ends as ever, what is long in so many words."""
+    async with served(spec_of(PROGRAMS, limits={"drain_s": 0.5})) as running:
+        departure = running.service.departure
+        whole = asyncio.create_task(running.client.post(CHAT, json=chat("sleep:20 say:late")))
+        short = asyncio.create_task(running.client.post(CHAT, json=chat("sleep:0.2 say:done")))
+        request = chat("say:a sleep:20 say:b", stream=True)
+        async with running.client.stream("POST", CHAT, json=request) as stream:
+            lines = stream.aiter_lines()
+            while "content" not in await anext(lines):
+                pass
+            await until(lambda: running.service.gate.running == 3)
+            departure.announce(time.time() + 60)
+            refused = await running.client.post(CHAT, json=chat("say:new"))
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "draining"
+            assert refused.headers["retry-after"] == "1"
+            assert (await running.client.get("/readyz")).status_code == 503
+            assert (await running.client.get("/livez")).status_code == 200
+            load = parse_load((await running.client.get(LOAD_PATH)).content)
+            assert load.leaving
+            rest = [line async for line in lines if line.startswith("data: ")]
+        assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "interrupted"
+        assert (await short).json()["choices"][0]["message"]["content"] == "done"
+        assert (await whole).json()["error"]["code"] == "interrupted"
+        departure.withdraw()
+        again = await running.client.post(CHAT, json=chat("say:stayed"))
+        assert again.status_code == 200
+
+
+async def test_what_runs_ends_before_the_machine_does() -> None:
+    async with served(spec_of(PROGRAMS, limits={"drain_s": 60})) as running:
+        late = asyncio.create_task(running.client.post(CHAT, json=chat("sleep:20 say:late")))
+        await until(lambda: running.service.gate.running == 1)
+        due_s = time.time() + LAST_WORD_S + 0.3
+        running.service.departure.announce(due_s)
+        assert (await late).status_code == 503
+        assert time.time() < due_s - LAST_WORD_S + 1.0
+
+
+async def test_the_drain_of_its_node_reaches_a_replica_and_its_end_too() -> None:
+    departure, drained, asked = Departure(30.0), dict[str, float](), list[float]()
+
+    def leaving() -> dict[str, float]:
+        asked.append(time.time())
+        if len(asked) == 2:
+            raise RuntimeError("the head is being replaced")
+        return drained
+
+    following = asyncio.create_task(follow(departure, "this", leaving))
+    drained["another"] = time.time() + 30
+    await until(lambda: len(asked) == 1)
+    assert departure.due_s is None
+    drained["this"] = due_s = time.time() + 30
+    await until(lambda: departure.due_s == due_s)
+    del drained["this"]
+    await until(lambda: departure.due_s is None)
+    following.cancel()

@@ -14,6 +14,7 @@ import httpx
 import uvicorn
 from nearfield.core.spec import CustomEngine, Limits, ModelSpec
 from nearfield.serving.access import Access
+from nearfield.serving.departure import Departure
 from nearfield.serving.gate import Gate
 from nearfield.serving.host import EngineHost
 from nearfield.serving.http import Frontend
@@ -51,10 +52,16 @@ def spec_of(import_path: str, *, limits: dict[str, Any] | None = None, **options
 async def served(spec: ModelSpec, *, access: Access | None = None) -> AsyncIterator[Served]:
     """Serve `spec` on a free port of this host."""
     host = EngineHost(spec)
-    service = Service(spec, host, Gate(spec.limits.max_running, spec.limits.max_queued))
+    gate = Gate(spec.limits.max_running, spec.limits.max_queued)
+    service = Service(spec, host, gate, Departure(spec.limits.drain_s))
     telemetry = Telemetry(model=spec.model, version=spec.version, moment=service.moment, environ={})
     await host.start()
-    frontend = Frontend(Recorder(telemetry), timeout_s=spec.limits.timeout_s, access=access)
+    frontend = Frontend(
+        Recorder(telemetry),
+        timeout_s=spec.limits.timeout_s,
+        access=access,
+        departure=service.departure,
+    )
     router = build_router(service, frontend, telemetry)
     # Named TCP: asyncio sets TCP_NODELAY only then, and an answer takes 40 ms without it.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)

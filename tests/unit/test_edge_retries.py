@@ -278,6 +278,12 @@ class TestBudget:
             world.end(attempt, "status", 503)
             assert world.again(attempt)
         world = World()
+        for code in [b"draining", b"interrupted"] * 25:  # nor what a replica that leaves gave up
+            attempt = world.start(ONE)
+            attempt.code = code
+            world.end(attempt, "status", 503)
+            assert world.again(attempt)
+        world = World()
         full = [world.start(ONE) for _ in range(10)]
         for attempt in full:
             attempt.code = b"overloaded"

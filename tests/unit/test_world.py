@@ -197,6 +197,16 @@ def test_a_replica_that_is_no_longer_named_gets_nothing_new() -> None:
     assert [r.id for r in walk.world.replicas()] == ["b"]
 
 
+def test_a_replica_whose_machine_is_taken_away_gets_nothing_new() -> None:
+    walk = Walk()
+    walk.agent(app(["a", "b"]))
+    walk.load()
+    walk.load("a", leaving=True)
+    assert walk.open() == ["b"]
+    walk.load("a")
+    assert walk.open() == ["a", "b"]
+
+
 def test_one_with_requests_is_remembered_until_they_end() -> None:
     walk = Walk()
     walk.agent(app(["a", "b"]))

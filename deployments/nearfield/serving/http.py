@@ -30,6 +30,7 @@ from nearfield.core.errors import (
 from nearfield.core.ids import new_id
 from nearfield.core.standstill import Standstill
 from nearfield.serving.access import Access, Door
+from nearfield.serving.departure import Departure
 from nearfield.telemetry import logs, names
 from nearfield.telemetry.requests import Recorder, RequestRecord
 from starlette.types import Receive, Scope, Send
@@ -226,6 +227,7 @@ class Frontend:
         timeout_s: the deadline of a request that brings none of its own.
         ingress_returns_id: whoever called us puts the request's id into the answer (Serve does).
         access: who may call; None: everybody.
+        departure: when this replica goes; None: nobody would know.
         standstill: of this event loop.
     """
 
@@ -233,6 +235,7 @@ class Frontend:
     timeout_s: float
     ingress_returns_id: bool = False
     access: Access | None = None
+    departure: Departure | None = None
     standstill: Standstill = field(default_factory=Standstill)
 
 
@@ -300,12 +303,12 @@ class Endpoint:
             exchange.deadline_s = min(latest_s, self._deadline_s(exchange))
             if wait_s := self._frontend.standstill.wait_s():
                 await asyncio.sleep(wait_s)  # a caller that has left is noticed as its body is read
-            async with asyncio.timeout(exchange.deadline_s - time.monotonic()):
-                await handler(exchange)
+            async with asyncio.timeout(exchange.deadline_s - time.monotonic()) as timeout:
+                await self._handle(handler, exchange, timeout)
         except NearfieldError as error:
             await exchange.fail(error, self._errors)
         except TimeoutError:
-            await exchange.fail(deadline_exceeded(), self._errors)
+            await exchange.fail(self._out_of_time(), self._errors)
         except Exception:
             # The one place where a mistake of ours meets a caller: it gets an id to report.
             log.exception("a request failed unexpectedly")
@@ -315,6 +318,19 @@ class Endpoint:
                 code="internal_error",
             )
             await exchange.fail(failure, self._errors)
+
+    async def _handle(self, handler: Handler, exchange: Exchange, timeout: asyncio.Timeout) -> None:
+        departure = self._frontend.departure
+        if departure is None or self._door != "inference":
+            await handler(exchange)
+            return
+        departure.require_staying()
+        with departure.ending(timeout):
+            await handler(exchange)
+
+    def _out_of_time(self) -> NearfieldError:
+        departure = self._frontend.departure
+        return (departure and departure.interrupted()) or deadline_exceeded()
 
     def _admit(self, exchange: Exchange) -> float:
         """Let the request in; returns when its answer must be complete at the latest.

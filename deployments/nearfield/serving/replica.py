@@ -10,6 +10,8 @@ import ray
 from nearfield.core.settings import Settings
 from nearfield.core.spec import ModelSpec
 from nearfield.serving.access import Access
+from nearfield.serving.cluster import Cluster
+from nearfield.serving.departure import LATER_S, LEAVES, STARTED, Departure, follow
 from nearfield.serving.gate import Gate
 from nearfield.serving.host import EngineHost
 from nearfield.serving.http import Frontend
@@ -37,6 +39,7 @@ class Replica:
             spec,
             EngineHost(spec, threads=spec.threads or _assigned_cpus()),
             Gate(limits.max_running, limits.max_queued),
+            Departure(limits.drain_s),
         )
         self._telemetry = Telemetry(
             model=spec.model,
@@ -49,11 +52,15 @@ class Replica:
     async def __serve_build_asgi_app__(self) -> Router:
         """Called by Serve after the constructor; the replica is up when it returns."""
         await self._service.host.start()
+        here = ray.get_runtime_context().get_node_id()
+        departure = self._service.departure
+        self._following = asyncio.create_task(follow(departure, here, Cluster.own().leaving))
         frontend = Frontend(
             Recorder(self._telemetry),
             timeout_s=self._service.spec.limits.timeout_s,
             ingress_returns_id=True,
             access=self._access,
+            departure=departure,
         )
         return build_router(self._service, frontend, self._telemetry)
 
@@ -64,8 +71,10 @@ class Replica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve where the deployment scales: what `serving.pools` reads of a replica."""
-        moment = self._service.moment()
+        moment, due_s = self._service.moment(), self._service.departure.due_s
         return {
+            STARTED: self._service.created_s,
+            LEAVES: 0.0 if due_s is None else min(due_s, LATER_S),
             "running": moment.running,
             "waiting": moment.waiting,
             "queue_age_s": moment.queue_age_s,

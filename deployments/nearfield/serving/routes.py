@@ -63,7 +63,7 @@ class PlainRoutes:
         await _state(exchange, good=self._service.host.healthy)
 
     async def ready(self, exchange: Exchange) -> None:
-        await _state(exchange, good=self._service.host.ready)
+        await _state(exchange, good=self._service.ready)
 
     async def metrics(self, exchange: Exchange) -> None:
         page = self._telemetry.prometheus_page()

@@ -63,11 +63,11 @@ class OIPRoutes:
         await _state(exchange, "live", good=self._service.host.healthy)
 
     async def ready(self, exchange: Exchange) -> None:
-        await _state(exchange, "ready", good=self._service.host.ready)
+        await _state(exchange, "ready", good=self._service.ready)
 
     async def model_ready(self, exchange: Exchange) -> None:
         self._require_model(exchange)
-        await _state(exchange, "ready", good=self._service.host.ready)
+        await _state(exchange, "ready", good=self._service.ready)
 
     async def model(self, exchange: Exchange) -> None:
         self._require_model(exchange)

@@ -23,6 +23,7 @@ from nearfield.api.events import (
 from nearfield.api.load import ReplicaLoad, slots_of
 from nearfield.core.errors import BadRequest, NearfieldError, NotFound, RateLimited
 from nearfield.core.spec import ModelSpec
+from nearfield.serving.departure import Departure
 from nearfield.serving.engines.base import Capabilities
 from nearfield.serving.gate import Gate, Place
 from nearfield.serving.host import EngineHost, Flight
@@ -66,17 +67,27 @@ class Tally:
 
 @dataclass
 class Service:
-    """One model behind one gate. `created_s` is Unix time, for `GET /v1/models`."""
+    """One model behind one gate. `created_s` is Unix time, for `GET /v1/models`.
+
+    Attributes:
+        departure: when this replica goes.
+    """
 
     spec: ModelSpec
     host: EngineHost
     gate: Gate
+    departure: Departure
     created_s: int = field(default_factory=lambda: int(time.time()))
     tally: Tally = field(default_factory=Tally)
 
     @property
     def model(self) -> str:
         return self.spec.model
+
+    @property
+    def ready(self) -> bool:
+        """A request that came now would start at once."""
+        return self.host.ready and self.departure.due_s is None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -154,6 +165,7 @@ class Service:
             first_byte_s=tally.first_byte_s,
             request_s=request_s,
             busy_s=busy_s,
+            leaving=self.departure.due_s is not None,
         )
 
     def answer(

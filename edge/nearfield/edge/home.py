@@ -233,7 +233,9 @@ class HomeEndpoint(Known):
         return self.named and self.status not in _NOT_STARTING
 
     def takes_requests(self, replica: Replica, now_s: float) -> bool:
-        """Whether new ones may go there, as far as the agent's word goes."""
+        """Whether new ones may go there, as far as the agent's word and its own goes."""
+        if replica.load is not None and replica.load.leaving:
+            return False
         if replica.gone_s is None:
             return True
         last = all(other.gone_s is not None for other in self.replicas.values())

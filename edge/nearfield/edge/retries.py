@@ -34,6 +34,10 @@ TOGETHER_S: Final = 2.0
 MARK_S: Final = 1.0
 NOBODY_THERE: Final = frozenset((b"no_capacity", b"no_healthy_region", b"not_here"))
 """Codes of a region's gateway that had nobody to give the request to: it was never run there."""
+LEAVING: Final = b"draining"
+"""Code of a replica whose machine will be taken away. It was not run there either, ..."""
+LEFT: Final = b"interrupted"
+"""... and what it had begun before ends like this: it is done again, as that of the dead."""
 SAFE_METHODS: Final = frozenset((b"GET", b"HEAD", b"OPTIONS"))
 
 
@@ -201,7 +205,7 @@ class BudgetRetries:
         failure = attempt.failure
         if _never_run(attempt):
             return "refused"
-        if failure == "abandoned" or said_replica_lost(attempt):
+        if failure == "abandoned" or said_replica_lost(attempt) or attempt.code == LEFT:
             return "died"
         died_s, ended_s = self._deaths.get(attempt.leg.target), attempt.ended_s
         if failure != "closed" or died_s is None or ended_s is None:
@@ -250,7 +254,7 @@ class BudgetRetries:
 
 def _never_run(attempt: Attempt) -> bool:
     if attempt.failure == "status":
-        return attempt.status == 503 and attempt.code in NOBODY_THERE
+        return attempt.status == 503 and attempt.code in {*NOBODY_THERE, LEAVING}
     return attempt.failure in NEVER_SENT
 
 

@@ -103,6 +103,7 @@ class ReplicaLoad:
             one for a request that has no tokens. prompt_tokens, cached_tokens: of their prompts.
         first_byte_s: from a request's turn to its first token, or to its result.
         request_s: time that requests spent inside the engine. busy_s: time with any inside.
+        leaving: its machine will be taken away: it takes nothing new.
     """
 
     model: str
@@ -123,6 +124,7 @@ class ReplicaLoad:
     first_byte_s: _Amount = 0.0
     request_s: _Amount = 0.0
     busy_s: _Amount = 0.0
+    leaving: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

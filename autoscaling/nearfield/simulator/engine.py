@@ -7,6 +7,9 @@ oldest prompts. With n sequences decoding and so many tokens of prompts an itera
 
     step_s + n x sequence_s + tokens x token_s
 
+and one with a single sequence and nothing else `one_s`: engines have a shorter way for it, and one
+answer is quicker sent than two.
+
 A prompt begins with an iteration and takes whole ones; short prompts that are there together share
 one. The first token comes out of the last of them.
 
@@ -20,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
@@ -41,7 +44,9 @@ class Timing:
     """An engine's speed, seconds and tokens.
 
     Attributes:
-        token_s: of a prompt's token. step_s: of an iteration, sequence_s: of each sequence in it.
+        token_s: of a prompt's token. step_s: of an iteration, sequence_s: of each sequence in it;
+        one_s: of one with a single sequence; absent: like the others.
+        request_s: before and after the engine, while others compute: receiving, tokenising.
         chunk: prompt tokens in an iteration.
         slots: sequences at once. kv_tokens: what their prompts and answers may have together.
     """
@@ -53,9 +58,16 @@ class Timing:
     slots: int
     max_queued: int
     kv_tokens: int | None = None
+    one_s: float = math.nan
+    request_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.one_s):
+            object.__setattr__(self, "one_s", self.step_s + self.sequence_s)
 
     @classmethod
     def of(cls, engine: s.Engine) -> Timing:
+        one_ms = engine.step_ms_alone
         return cls(
             1.0 / engine.prefill_tokens_per_s,
             engine.step_ms / 1000,
@@ -64,18 +76,18 @@ class Timing:
             engine.max_running,
             engine.max_queued,
             engine.kv_tokens,
+            math.nan if one_ms is None else one_ms / 1000,
+            engine.request_ms / 1000,
         )
 
     def slower(self, factor: float) -> Timing:
         """The same engine, taking so many times as long."""
-        return Timing(
-            self.token_s * factor,
-            self.step_s * factor,
-            self.sequence_s * factor,
-            self.chunk,
-            self.slots,
-            self.max_queued,
-            self.kv_tokens,
+        return replace(
+            self,
+            token_s=self.token_s * factor,
+            step_s=self.step_s * factor,
+            sequence_s=self.sequence_s * factor,
+            one_s=self.one_s * factor,
         )
 
     def rows(self, prompt: float, answer: float) -> float:
@@ -103,9 +115,7 @@ class Timing:
 
     def alone_s(self, prompt: float, answer: float) -> float:
         """How long a request takes with nobody else there."""
-        return self.prefill_s(prompt, 0.0) + max(0.0, answer - 1.0) * (
-            self.step_s + self.sequence_s
-        )
+        return self.prefill_s(prompt, 0.0) + max(0.0, answer - 1.0) * self.one_s
 
     def prefill_s(self, prompt: float, decoding: float) -> float:
         """How long a prompt takes while so many sequences decode."""
@@ -129,7 +139,11 @@ class Timing:
             rate_rps: requests a second at this replica. decoding: sequences.
         """
         free = max(0.02, 1.0 - rate_rps * prompt * self.token_s)
-        return (self.step_s + max(1.0, decoding) * self.sequence_s) / free
+        step_s = self.step_s + max(1.0, decoding) * self.sequence_s
+        if decoding < 2.0:  # the fewer there are in the mean, the more often one is alone
+            shorter_s = self.step_s + self.sequence_s - self.one_s
+            step_s -= min(1.0, 2.0 - decoding) * shorter_s
+        return step_s / free
 
 
 class Request:
@@ -286,9 +300,11 @@ class Batch:
         end = self._prompts_end
         if decoding and decoding[0][0] < end:
             end = decoding[0][0]
-        self._iteration_s = iteration_s = (
-            timing.step_s + len(decoding) * timing.sequence_s + self._tokens_s
-        )
+        if self._prompts or len(decoding) != 1:
+            iteration_s = timing.step_s + len(decoding) * timing.sequence_s + self._tokens_s
+        else:
+            iteration_s = timing.one_s
+        self._iteration_s = iteration_s
         next_s = self._at_s + (end - self.progress) * iteration_s
         if next_s <= self._at_s:  # less than the clock can tell
             next_s = self._at_s

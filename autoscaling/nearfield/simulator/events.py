@@ -113,9 +113,12 @@ class EventWorld(World):
             return
         number = found.candidate.state.number
         if not self._send(request, self.lanes[number]):
-            self.pools[number].arrivals += 1
-            self.pools[number].late += 1
+            pool = self.pools[number]
+            pool.arrivals += 1
+            pool.late += 1
             self._elsewhere(request, number)
+            if request.ended:  # nobody took it: it is work that came all the same
+                pool.work_in += request.tokens
 
     def _send(self, request: Request, lane: Lane) -> bool:
         """To that endpoint; whether it takes it."""
@@ -146,7 +149,8 @@ class EventWorld(World):
 
     def _count(self, request: Request, pool: Pool) -> None:
         request.pool = pool
-        request.rtt_s = request.gateway.rtts_s[pool.number] + request.source.way_s
+        rtt_s = request.gateway.rtts_s[pool.number] + request.source.way_s
+        request.rtt_s = rtt_s + pool.timing.request_s
         request.gateway.own[pool.number] += 1
         pool.load += 1
 

@@ -196,7 +196,7 @@ class FluidWorld(World):
             pool.late += left.count
             packet.count = room
         count = packet.count
-        packet.rtt_s = gateway.rtts_s[pool.number] + source.way_s
+        packet.rtt_s = gateway.rtts_s[pool.number] + source.way_s + pool.timing.request_s
         gateway.own[pool.number] += count
         self._seen[gateway.index][pool.number] += count
         flow.seen += count

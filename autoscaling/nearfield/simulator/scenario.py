@@ -113,13 +113,15 @@ class Engine(Strict):
     """How fast one replica computes: prompts in chunks between the decode steps of a batch.
 
     A step of n sequences takes `step_ms + n x step_ms_per_sequence`, and the time of the prompt
-    tokens that are computed with it.
+    tokens that are computed with it; one of a single sequence `step_ms_alone`.
     """
 
     engine: Name
     prefill_tokens_per_s: Positive
     step_ms: Positive
     step_ms_per_sequence: NotNegative = 0.0
+    step_ms_alone: Positive | None = Field(None, description="absent: as the others")
+    request_ms: NotNegative = Field(0.0, description="of a request, outside of the engine")
     prefill_chunk_tokens: int = Field(512, ge=1)
     max_running: int = Field(16, ge=1, le=65536, description="sequences in a batch")
     max_queued: int = Field(256, ge=0, description="requests that wait for one replica")

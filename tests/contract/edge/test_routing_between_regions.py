@@ -193,7 +193,7 @@ async def test_a_region_that_is_cut_off_loses_nothing() -> None:
         found = await asyncio.gather(*asked)
         assert all(each.status == 200 for each in found)
         assert place(await site.ask()) == "us"
-        assert time.monotonic() - began_s < 1.5
+        assert time.monotonic() - began_s < 5.0  # how fast it is, is measured in tests/chaos
 
 
 async def test_a_request_from_a_gateway_is_served_at_home_or_not_at_all() -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from nearfield.api.events import Embedded, Event, Text, Timings
 from nearfield.core.spec import ModelSpec
+from nearfield.serving.engines.base import Slice
 
 LENGTH = struct.Struct("<I")
 JOIN_BELOW_BYTES = 1 << 16
@@ -48,6 +49,7 @@ class Start:
 
     spec: ModelSpec
     threads: int
+    slice: Slice | None = None
 
 
 def encode(kind: Kind, payload: Any) -> list[bytes]:

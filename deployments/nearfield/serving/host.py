@@ -26,7 +26,7 @@ from typing import Any, Self
 from nearfield.api.events import Event, Failed, Request
 from nearfield.core.errors import EngineFailed, NearfieldError, Unavailable
 from nearfield.core.spec import ModelSpec
-from nearfield.serving.engines.base import Capabilities, EngineStats
+from nearfield.serving.engines.base import Capabilities, EngineStats, Slice
 from nearfield.serving.framing import Kind, unpack_event
 from nearfield.serving.process import EngineProcess, exit_in_words, start_process
 
@@ -136,6 +136,7 @@ class EngineHost:
         self.crashes = 0
         self._spec = spec
         self._threads = threads
+        self._slice: Slice | None = None
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._stall_timeout_s = stall_timeout_s or spec.limits.timeout_s
         self._retry_alone_s = retry_alone_s
@@ -167,12 +168,16 @@ class EngineHost:
         """A request that came now would start at once (False while a process is replaced)."""
         return self.healthy and self._open
 
-    async def start(self) -> None:
+    async def start(self, slice_: Slice | None = None) -> None:
         """Start the process and load the model.
+
+        Args:
+            slice_: what the engine runs on, where the spec asks for a slice.
 
         Raises:
             NearfieldError: the model cannot be served; the message says why.
         """
+        self._slice = slice_
         process = await self._start_process()
         self.healthy = True
         self._supervisor = asyncio.create_task(self._supervise(process), name="engine host")
@@ -251,7 +256,7 @@ class EngineHost:
     # ---- the process ------------------------------------------------------------------------
 
     async def _start_process(self) -> EngineProcess:
-        process = await start_process(self._spec, self._threads, self._dispatch)
+        process = await start_process(self._spec, self._threads, self._dispatch, self._slice)
         self.capabilities = process.loaded.result()
         self._process = process
         return process

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from nearfield.core.errors import EngineFailed
 from nearfield.core.spec import ModelSpec
-from nearfield.serving.engines.base import Capabilities, EngineStats
+from nearfield.serving.engines.base import Capabilities, EngineStats, Slice
 from nearfield.serving.framing import FrameReader, Kind, Start, encode
 
 log = logging.getLogger("nearfield.host")
@@ -145,7 +145,9 @@ class LogPipe(asyncio.Protocol):
             self._transport.close()
 
 
-async def start_process(spec: ModelSpec, threads: int, on_events: OnEvents) -> EngineProcess:
+async def start_process(
+    spec: ModelSpec, threads: int, on_events: OnEvents, slice_: Slice | None = None
+) -> EngineProcess:
     """Start a process and wait until its model is loaded.
 
     Raises:
@@ -168,7 +170,7 @@ async def start_process(spec: ModelSpec, threads: int, on_events: OnEvents) -> E
         _, process = await loop.create_unix_connection(
             lambda: EngineProcess(on_events, popen, printed), sock=ours
         )
-        process.send(Kind.START, Start(spec, threads))
+        process.send(Kind.START, Start(spec, threads, slice_))
         either: set[asyncio.Future[Any]] = {process.loaded, process.ended}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not process.loaded.done():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from typing import TYPE_CHECKING
 
 import ray
 from nearfield.core.settings import Settings
@@ -23,6 +24,9 @@ from nearfield.telemetry.setup import Telemetry
 from ray import serve
 from starlette.routing import Router
 
+if TYPE_CHECKING:
+    from nearfield.serving.slices import Reservation
+
 log = logging.getLogger("nearfield.replica")
 
 
@@ -33,6 +37,7 @@ class Replica:
 
     def __init__(self, spec: ModelSpec) -> None:
         logs.configure(model=spec.model)
+        self._reserved: Reservation | None = None
         self._access = Access.from_settings(Settings.from_env(os.environ), spec.model)
         limits = spec.limits
         self._service = Service(
@@ -51,7 +56,12 @@ class Replica:
 
     async def __serve_build_asgi_app__(self) -> Router:
         """Called by Serve after the constructor; the replica is up when it returns."""
-        await self._service.host.start()
+        wanted = self._service.spec.slice
+        if wanted is not None:
+            from nearfield.serving.slices import Reservation
+
+            self._reserved = await asyncio.to_thread(Reservation, wanted)
+        await self._service.host.start(self._reserved.slice if self._reserved else None)
         here = ray.get_runtime_context().get_node_id()
         departure = self._service.departure
         self._following = asyncio.create_task(follow(departure, here, Cluster.own().leaving))

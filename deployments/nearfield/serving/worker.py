@@ -78,7 +78,7 @@ class Worker:
 
             weights = resolve(start.spec)
         engine = create_engine(start.spec)
-        context = EngineContext(start.spec, weights, start.threads, self._emit)
+        context = EngineContext(start.spec, weights, start.threads, self._emit, start.slice)
         capabilities = engine.load(context)
         # What is loaded stays: the collector need not walk over it while requests run.
         gc.collect()

@@ -6,13 +6,15 @@ engine's module and class exist?), then by Ray's own schema. Nothing of the user
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nearfield.cli.engine_source import check_engine
-from nearfield.core.check import check, kind_of, located, model_applications
+from nearfield.core.check import Kind, check, kind_of, located, model_applications
 from nearfield.core.problems import Finding, Problem, dotted, shown
 from nearfield.core.yaml_document import Document
 from nearfield.core.yaml_file import read_document
@@ -70,8 +72,7 @@ def problems_of(files: Sequence[ConfigFile], *, ray: bool) -> list[Problem]:
         problems += [problem for problem in around if (problem.file, problem.field) not in known]
     if ray and not any(problem.level == "error" for problem in problems):
         for file in files:
-            if kind_of(file.document) == "serve":
-                problems += _check_with_ray(file)
+            problems += _WITH_RAY.get(kind_of(file.document), _nothing)(file)
     return problems
 
 
@@ -98,6 +99,28 @@ def _check_surroundings(file: ConfigFile) -> Iterator[Problem]:
                 Finding((*at, *finding.path), finding.message, finding.remedy, finding.value),
             )
             yield problem if level == "error" else _as_warning(problem)
+        for finding in _check_selectors(app):
+            at = ("applications", index, *finding.path)
+            yield _as_warning(
+                located(file.name, file.document, dataclasses.replace(finding, path=at))
+            )
+
+
+def _check_selectors(app: Mapping[str, Any]) -> Iterator[Finding]:
+    """Ray builds an application on a node that its only selector selects, if there is one. A model
+    at zero would so start a node, and stay away while there is none."""
+    deployments = app.get("deployments")
+    for index, deployment in enumerate(deployments if isinstance(deployments, list) else []):
+        options = deployment.get("ray_actor_options") if isinstance(deployment, dict) else None
+        selector = options.get("label_selector") if isinstance(options, dict) else None
+        if selector and isinstance(options, dict) and not options.get("fallback_strategy"):
+            yield Finding(
+                ("deployments", index, "ray_actor_options", "label_selector"),
+                "is also where Ray builds the application: it starts such a node for that, and "
+                "waits while there is none",
+                "add fallback_strategy: [{label_selector: …}] with the same labels",
+                selector,
+            )
 
 
 def _as_warning(problem: Problem) -> Problem:
@@ -184,3 +207,38 @@ def _check_with_ray(file: ConfigFile) -> Iterator[Problem]:
                 shown(detail["input"]),
                 file.document.line_of(path),
             )
+
+
+def _check_cluster_with_ray(file: ConfigFile) -> Iterator[Problem]:
+    """Ray's cluster launcher's own opinion; the operator of KubeRay has none before it runs."""
+    if "available_node_types" not in file.document.value:
+        return
+    from jsonschema import ValidationError
+    from nearfield.cli.ray_nodes import LAUNCHER
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = copy.deepcopy(file.document.value)
+    external = config["provider"]["type"] == "external"  # Ray has defaults for its own ones only
+    try:
+        validate_config({**LAUNCHER, **config} if external else prepare_config(config))
+    except ValidationError as error:
+        path = tuple(error.absolute_path)
+        yield Problem(
+            file.name,
+            dotted(path),
+            f"Ray refuses it: {error.message}",
+            "see Ray's cluster YAML reference for this key",
+            line=file.document.line_of(path),
+        )
+    except (ValueError, RuntimeError) as error:
+        yield Problem(file.name, "", f"Ray refuses it: {error}", "see Ray's cluster YAML reference")
+
+
+def _nothing(file: ConfigFile) -> Iterator[Problem]:
+    return iter(())
+
+
+_WITH_RAY: dict[Kind, Callable[[ConfigFile], Iterator[Problem]]] = {
+    "serve": _check_with_ray,
+    "cluster": _check_cluster_with_ray,
+}

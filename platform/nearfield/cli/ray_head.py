@@ -81,9 +81,19 @@ class HeadPorts:
 
 
 def command(
-    ports: HeadPorts, runtime_dir: Path, *, num_cpus: int, object_store_bytes: int
+    ports: HeadPorts,
+    runtime_dir: Path,
+    *,
+    num_cpus: int,
+    object_store_bytes: int,
+    autoscaling_config: Path | None = None,
 ) -> list[str]:
-    """The `ray start` of a region's head. It returns once Ray is up; Ray goes on without it."""
+    """The `ray start` of a region's head. It returns once Ray is up; Ray goes on without it.
+
+    Args:
+        autoscaling_config: what Ray's node autoscaler reads, where there is one.
+    """
+    autoscaling = [f"--autoscaling-config={autoscaling_config}"] if autoscaling_config else []
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
         f"--port={ports.gcs}",
@@ -98,6 +108,7 @@ def command(
         f"--object-store-memory={object_store_bytes}",
         "--include-log-monitor=false",  # it forwards logs to drivers, and we have none
         "--disable-usage-stats",
+        *autoscaling,
     ]
 
 
@@ -189,7 +200,7 @@ def adjust_ray_start(params: Any, head: bool) -> None:
     and two seconds of CPU together, and one open port.
     """
     params.ray_client_server_port = None
-    params.no_monitor = head
+    params.no_monitor = head and params.autoscaling_config is None
 
 
 def adjust_lean_start(params: Any, head: bool) -> None:

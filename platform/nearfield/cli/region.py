@@ -24,7 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nearfield.cli import processes, ray_head
+from nearfield.cli import processes, ray_head, ray_nodes
 from nearfield.cli.ports import Reservations
 from nearfield.cli.processes import Process
 from nearfield.cli.serve_api import ServeApi
@@ -50,6 +50,8 @@ class RegionOptions:
         serve_options: top-level keys of a Serve config other than `applications`.
         environ: variables of its own, above those of this process.
         lean: Ray's dashboard has no pages, which makes it smaller.
+        cluster: a cluster file of fake nodes (`ray_nodes.is_local`), which come and go as replicas
+            need them.
     """
 
     host: str = "127.0.0.1"
@@ -61,6 +63,7 @@ class RegionOptions:
     serve_options: dict[str, Any] = field(default_factory=dict)
     environ: Mapping[str, str] = field(default_factory=dict)
     lean: bool = False
+    cluster: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,18 +277,31 @@ def _make_room(root: Path, report: Report) -> None:
 def _start_ray(region: Region, options: RegionOptions) -> None:
     state = region.state
     runtime_dir = Path(state.runtime_dir)
+    environ = {**os.environ, **state.environ}
+    autoscaling_config, num_cpus = None, options.num_cpus
+    if options.cluster is not None:
+        num_cpus = num_cpus or ray_nodes.head_cpus(options.cluster)
+        autoscaling_config = runtime_dir / "cluster.yaml"
+        ray_nodes.write_autoscaling_config(
+            autoscaling_config,
+            options.cluster,
+            gcs_port=state.ports.gcs,
+            unavailable_file=region.root / ray_nodes.UNAVAILABLE,
+        )
+        environ |= ray_nodes.environment()
     arguments = ray_head.command(
         state.ports,
         runtime_dir,
         # Two models with one CPU each should fit everywhere; CPUs here are only Ray's bookkeeping.
-        num_cpus=options.num_cpus or max(4, os.cpu_count() or 1),
+        num_cpus=num_cpus or max(4, os.cpu_count() or 1),
         object_store_bytes=options.object_store_bytes,
+        autoscaling_config=autoscaling_config,
     )
     (runtime_dir / "tmp").mkdir()
     if state.ingress == "haproxy":
         ray_head.write_haproxy_launcher(runtime_dir)
     environment = ray_head.environment(
-        {**os.environ, **state.environ},
+        environ,
         region_id=state.region_id,
         token_file=region.token_file,
         runtime_dir=runtime_dir,

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from nearfield.core import cluster
 from nearfield.core.catalog import HardwareFile, PriceFile
 from nearfield.core.federation import GatewayFile, RegionFile
 from nearfield.core.problems import Finding, Problem, did_you_mean, dotted, findings, shown
@@ -22,11 +23,11 @@ from nearfield.core.serve_config import (
     Application,
     ServeConfig,
 )
-from nearfield.core.spec import BUILTIN_MODELS, NAME_PATTERN, ModelSpec
+from nearfield.core.spec import BUILTIN_MODELS, NAME_PATTERN, ModelSpec, TpuSlice
 from nearfield.core.yaml_document import Document, Path
 from pydantic import BaseModel, ValidationError
 
-Kind = Literal["serve", "region", "gateway", "hardware", "prices"]
+Kind = Literal["serve", "region", "gateway", "hardware", "prices", "cluster"]
 _OTHERS: dict[Kind, type[BaseModel]] = {
     "region": RegionFile,
     "gateway": GatewayFile,
@@ -49,12 +50,32 @@ def check(documents: Sequence[tuple[str, Document]]) -> list[Problem]:
 
 
 def kind_of(document: Document) -> Kind:
-    """What a file describes, by its first words: a region, a gateway, accelerators, prices; else a
-    Serve config."""
+    """What a file describes, by its first words: a region, a gateway, accelerators, prices, a
+    cluster's nodes; else a Serve config."""
     keys = document.value.keys() if isinstance(document.value, dict) else ()
     if "applications" in keys:
         return "serve"
+    if "available_node_types" in keys or _is_manifest(document.value):
+        return "cluster"
     return next((kind for kind in _OTHERS if kind in keys), "serve")
+
+
+def _is_manifest(value: Any) -> bool:
+    """Whether it is KubeRay's."""
+    return isinstance(value, dict) and str(value.get("apiVersion", "")).startswith("ray.io/")
+
+
+def title(document: Document) -> str:
+    """A name for what a valid file describes, by its kind: `region eu-west`; of a Serve config, its
+    models."""
+    if (kind := kind_of(document)) == "serve":
+        return ", ".join(app["args"]["model"] for _, app in model_applications(document))
+    value = document.value
+    if kind == "cluster":
+        name = value["metadata"]["name"] if _is_manifest(value) else value["cluster_name"]
+        count = len(cluster.node_types(value))
+        return f"cluster {name}, {count} node types"
+    return f"{kind} {value[kind]}"
 
 
 def located(file: str, document: Document, finding: Finding) -> Problem:
@@ -99,7 +120,11 @@ def _check_document(document: Document) -> Iterator[Finding]:
     if not isinstance(data, dict):
         yield Finding((), "must be a section of keys", "begin with `applications:`", data)
         return
-    if (kind := kind_of(document)) != "serve":
+    kind = kind_of(document)
+    if kind == "cluster":
+        yield from _check_cluster(data)
+        return
+    if kind != "serve":
         yield from _validate(_OTHERS[kind], data, (), strict=True)
         return
     if "import_path" in data and "applications" not in data:
@@ -130,6 +155,24 @@ def _check_document(document: Document) -> Iterator[Finding]:
             )
 
 
+def _check_cluster(data: dict[str, Any]) -> Iterator[Finding]:
+    if not _is_manifest(data):
+        problems = list(_validate(cluster.LauncherFile, data, (), strict=True))
+        yield from problems or cluster.check_cluster(data)
+        return
+    kinds = ("RayCluster", "RayService")
+    if data.get("kind") not in kinds:
+        yield Finding(
+            ("kind",), "describes no cluster", f"it is one of {', '.join(kinds)}", data.get("kind")
+        )
+    elif not any(each.name != cluster.HEAD_GROUP for each in cluster.node_types(data)):
+        yield Finding(
+            ("spec",), "has no worker groups", "add workerGroupSpecs", None, has_value=False
+        )
+    elif not isinstance((data.get("metadata") or {}).get("name"), str):
+        yield Finding(("metadata", "name"), "is missing", "name it", has_value=False)
+
+
 def _validate(
     schema: type[BaseModel], data: Any, at: Path, *, strict: bool | None = None
 ) -> Iterator[Finding]:
@@ -151,6 +194,7 @@ def _check_model(app: dict[str, Any], at: Path) -> Iterator[Finding]:
     elif isinstance(app["args"], dict):
         yield from _validate(ModelSpec, app["args"], (*at, "args"), strict=True)
         yield from _check_builtin(app["args"].get("source"), (*at, "args", "source"))
+        yield from _check_slice(app, at)
     yield from _check_route(app, at)
     deployments = app.get("deployments")
     for index, deployment in enumerate(deployments if isinstance(deployments, list) else []):
@@ -158,6 +202,34 @@ def _check_model(app: dict[str, Any], at: Path) -> Iterator[Finding]:
             here = (*at, "deployments", index)
             yield from _check_replica(deployment, index, here)
             yield from _check_scaling(app, deployment, (*here, "autoscaling_config"))
+
+
+def _check_slice(app: dict[str, Any], at: Path) -> Iterator[Finding]:
+    """A replica with a slice asks for what only its first host has."""
+    given = app["args"].get("slice")
+    try:
+        wanted = TpuSlice.model_validate(given, strict=True)
+    except ValidationError:
+        return  # none, or it was told with the rest of args
+    deployments = app.get("deployments")
+    first = deployments[0] if isinstance(deployments, list) and deployments else None
+    options = first.get("ray_actor_options") if isinstance(first, dict) else None
+    asked = options.get("resources") if isinstance(options, dict) else None
+    if not isinstance(asked, dict) or asked.get(wanted.head_resource) != 1:
+        yield Finding(
+            (*at, "args", "slice"),
+            "is reserved from its first host, which the replica does not ask for",
+            f"write ray_actor_options: {{resources: {{{wanted.head_resource}: 1}}}} for the "
+            f"deployment {MODEL_DEPLOYMENT}",
+            given,
+        )
+    elif "TPU" in asked:
+        yield Finding(
+            (*at, "deployments", 0, "ray_actor_options", "resources", "TPU"),
+            "does not go with slice, which reserves all chips of all hosts",
+            "remove it",
+            asked["TPU"],
+        )
 
 
 def _check_builtin(source: Any, at: Path) -> Iterator[Finding]:
@@ -294,7 +366,8 @@ def _check_scaling_options(
 
 
 def _check_together(documents: Sequence[tuple[str, Document]]) -> Iterator[Problem]:
-    """Names and routes are unique in a region, so also across files."""
+    """Names and routes are unique in a region, so also across files; replicas fit on the nodes."""
+    yield from _check_nodes(documents)
     first: dict[tuple[str, str], tuple[str, int | None]] = {}
     for file, document in documents:
         for index, app in _applications(document):
@@ -319,3 +392,20 @@ def _check_together(documents: Sequence[tuple[str, Document]]) -> Iterator[Probl
                         value,
                     ),
                 )
+
+
+def _check_nodes(documents: Sequence[tuple[str, Document]]) -> Iterator[Problem]:
+    """Every replica fits on a node type of every cluster file."""
+    for where, nodes in documents:
+        if kind_of(nodes) != "cluster":
+            continue
+        types = cluster.node_types(nodes.value)
+        for file, document in documents:
+            for index, app in _applications(document):
+                for found in cluster.unmet(app, types, where) if isinstance(app, dict) else ():
+                    at = ("applications", index, *found.path)
+                    yield located(
+                        file,
+                        document,
+                        Finding(at, found.message, found.remedy, found.value, found.has_value),
+                    )

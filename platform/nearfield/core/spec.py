@@ -17,6 +17,7 @@ What Ray Serve already has a word for (replicas, autoscaling, resources) stays i
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal, Self
 
@@ -220,6 +221,37 @@ class Pool(Strict):
     )
 
 
+_CORES = {"v4": 2, "v5p": 2}
+
+
+def tpu_pod_type(kind: str, topology: str) -> str:
+    """Google's name of a slice: `v5litepod-16` for 4x4 chips of v5e. It counts cores."""
+    chips = math.prod(int(part) for part in topology.split("x"))
+    return f"{kind}-{chips * _CORES.get(kind, 1)}"
+
+
+class TpuSlice(Strict):
+    """A whole TPU slice for each replica: several hosts, all of them or none."""
+
+    accelerator_type: Literal["TPU-V4", "TPU-V5LITEPOD", "TPU-V5P", "TPU-V6E"] = Field(
+        description="Ray's name"
+    )
+    topology: str = Field(pattern=r"^[1-9]\d*(x[1-9]\d*){1,2}$", description="chips: 4x4, 2x2x2")
+    wait_s: float = Field(
+        300.0, ge=0, le=7200, description="for hosts that come later than the first"
+    )
+
+    @property
+    def chips(self) -> int:
+        return math.prod(int(part) for part in self.topology.split("x"))
+
+    @property
+    def head_resource(self) -> str:
+        """What each slice has once, at its first host: a replica asks for it."""
+        kind = self.accelerator_type.removeprefix("TPU-").lower()
+        return f"TPU-{tpu_pod_type(kind, self.topology)}-head"
+
+
 class ModelSpec(Strict):
     """One model: the `args` of a Serve application with `import_path: nearfield.serving:app`."""
 
@@ -239,6 +271,7 @@ class ModelSpec(Strict):
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of the engine; absent: the replica's num_cpus"
     )
+    slice: TpuSlice | None = Field(None, description="each replica's own TPU slice")
     limits: Limits = Limits()
     pool: Pool = Pool()
     fallback_models: list[Name] = Field(
@@ -268,6 +301,11 @@ class ModelSpec(Strict):
             )
         if self.source is not None and self.engine.kind == "remote":
             raise ValueError("source does not go with engine remote: the weights are upstream's")
+        if self.slice is not None and self.engine.kind != "custom":
+            raise ValueError(
+                f"slice does not go with engine {self.engine.kind}, which runs on one host: write "
+                "an engine of your own, which starts its workers on the others"
+            )
         if self.s3_endpoint_url is not None and not (self.source or "").startswith("s3://"):
             raise ValueError("s3_endpoint_url goes only with an s3:// source")
         return self

@@ -106,18 +106,36 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Slice:
+    """A TPU slice that is this replica's alone (`slice` in the spec).
+
+    Attributes:
+        hosts: their addresses, this one first. chips: of each.
+        placement_group: id of the one that holds all chips, a bundle for each host in this order.
+            An engine starts its workers in it, with Ray.
+    """
+
+    name: str
+    hosts: tuple[str, ...]
+    chips: int
+    placement_group: str
+
+
+@dataclass(frozen=True, slots=True)
 class EngineContext:
     """What an engine is given to load.
 
     Attributes:
         spec: the model's spec. weights: its local directory, None for engines without.
         threads: CPU threads it may use. emit: how it answers.
+        slice: where the spec asks for one.
     """
 
     spec: ModelSpec
     weights: Path | None
     threads: int
     emit: Emit
+    slice: Slice | None = None
 
     @property
     def options(self) -> dict[str, Any]:

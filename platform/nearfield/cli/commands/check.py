@@ -25,17 +25,19 @@ def check(files: tuple[str, ...], no_ray: bool, as_json: bool) -> int:
 
     Every problem of every file is named at once, with its line, the value that stands there and
     a remedy. Files given together are also checked against each other: two models of one region
-    may not share a name or a route. Nothing is executed, and no region is needed.
+    may not share a name or a route, and with a cluster file (for `ray up`, or KubeRay) every
+    replica must fit on one of its node types. Nothing is executed, and no region is needed.
 
     \b
     nearfield check chat.yaml
     nearfield check deployments/models/*.yaml
+    nearfield check pools.yaml cluster_configs/clusters/gcp.yaml
     nearfield check --json chat.yaml | jq '.problems[].field'
 
     Exit code 2 if a file is invalid; warnings alone leave it 0.
     """
     from nearfield.cli.config_files import problems_of, read_files, scenario
-    from nearfield.core.check import kind_of, model_applications
+    from nearfield.core.check import title
 
     read, problems = read_files(files)
     scenarios = {file.name: known for file in read if (known := scenario(file)) is not None}
@@ -56,11 +58,7 @@ def check(files: tuple[str, ...], no_ray: bool, as_json: bool) -> int:
             click.echo(f"{name}: {ok} (simulation {known.simulation})")
     for file in read:
         if file.name not in wrong:
-            kind = kind_of(file.document)
-            found = [app["args"]["model"] for _, app in model_applications(file.document)]
-            if kind != "serve":
-                found = [f"{kind} {file.document.value[kind]}"]
-            click.echo(f"{file.name}: {click.style('ok', fg='green')} ({', '.join(found)})")
+            click.echo(f"{file.name}: {click.style('ok', fg='green')} ({title(file.document)})")
     return 0 if valid else EXIT_INVALID
 
 

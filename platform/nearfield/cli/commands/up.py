@@ -26,6 +26,7 @@ from nearfield.core.settings import Settings
 
 if TYPE_CHECKING:
     from nearfield.cli.bring_up import Started
+    from nearfield.cli.config_files import ConfigFile
     from nearfield.cli.ray_head import Ingress
     from nearfield.cli.region import Region
 
@@ -53,6 +54,12 @@ _WATCH_S = 2.0
 @click.option(
     "--cpus", type=click.IntRange(1), help="What models may ask for in all.  [default: at least 4]"
 )
+@click.option(
+    "--cluster",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="A cluster file of fake nodes, which Ray's node autoscaler starts and stops.",
+)
 @click.option("--detach", is_flag=True, help="Return when the models answer; the region goes on.")
 @click.option(
     "--timeout", "timeout_s", type=float, default=600.0, show_default=True, help="Seconds to wait."
@@ -68,6 +75,7 @@ def up(
     store: str | None,
     ingress: Ingress | None,
     cpus: int | None,
+    cluster: str | None,
     detach: bool,
     timeout_s: float,
     root: Path,
@@ -84,6 +92,7 @@ def up(
     nearfield up chat.yaml embed.yaml --port 9000
     nearfield up --detach && nearfield status && nearfield down
     nearfield up --regions eu-west,us-east,asia-south
+    nearfield up --cluster local-fake.yaml pools.yaml
 
     The region has its own ports, directory and token: it does not mix with another Ray on this
     machine. Ctrl-C ends it and everything in it; twice, without waiting.
@@ -91,6 +100,9 @@ def up(
     With --regions, each region is a Ray cluster of its own and gets a gateway, which clients of
     all regions can call (ports 8080, 8081, …; --host and --port are the gateways'). Without FILE
     each region runs the models that its file names, with FILE those. See: nearfield status.
+
+    With --cluster, replicas run on nodes that are processes of this machine and come and go as on
+    a cloud: cluster_configs/clusters/local-fake.yaml.
     """
     from nearfield.cli.ray_head import default_ingress
 
@@ -99,6 +111,8 @@ def up(
     ingress = ingress or default_ingress()
     how = {"host": host, "ingress": ingress, "num_cpus": cpus, "detached": detach}
     if regions is not None:
+        if cluster is not None:
+            raise click.UsageError("--cluster is for one region, without --regions.")
         if names_one():
             raise click.UsageError("--dir is one region's; several live in NEARFIELD_HOME.")
         return _several(
@@ -110,7 +124,7 @@ def up(
             timeout_s=timeout_s,
             **how,
         )
-    return _one(files, port, root, timeout_s, as_json=as_json, **how)
+    return _one(files, port, root, timeout_s, as_json=as_json, cluster=cluster, **how)
 
 
 def _several(
@@ -140,22 +154,23 @@ def _one(
     timeout_s: float,
     *,
     as_json: bool,
+    cluster: str | None,
     **how: Any,
 ) -> int:
     from nearfield.cli import region as regions
     from nearfield.cli.applications import applications, quickstart_files, serve_options
     from nearfield.cli.bring_up import bring_up
-    from nearfield.cli.commands.common import checked, stop
+    from nearfield.cli.commands.common import stop
 
     progress = Progress(as_json=as_json)
-    read = checked(files or quickstart_files())
+    read, nodes = _with_nodes(files or quickstart_files(), cluster)
     options = serve_options(read)
     wanted_port = port or options.get("http_options", {}).get("port", regions.DEFAULT_PORT)
     with _interruptible():
         progress("starting Ray")
         region = regions.start(
             root,
-            regions.RegionOptions(port=wanted_port, serve_options=options, **how),
+            regions.RegionOptions(port=wanted_port, serve_options=options, cluster=nodes, **how),
             progress,
         )
         ours_to_end = True
@@ -186,6 +201,30 @@ def _one(
                 end = partial(regions.end, region)
                 stop(end, progress, "replicas finish what they have accepted")
         return code
+
+
+def _with_nodes(
+    files: Sequence[str | Path], cluster: str | None
+) -> tuple[list[ConfigFile], dict[str, Any] | None]:
+    """The models' files, and what the cluster file says, checked against each other.
+
+    Raises:
+        InvalidConfig: something is wrong with one of them.
+        UsageError: the cluster file's nodes are not on this machine.
+    """
+    from nearfield.cli.commands.common import checked
+
+    if cluster is None:
+        return checked(files), None
+    from nearfield.cli.ray_nodes import is_local
+
+    *read, nodes = checked([*files, cluster])
+    if not is_local(nodes.document.value):
+        raise click.UsageError(
+            f"--cluster {cluster}: its nodes are not on this machine. A cloud's are started by "
+            "Ray: ray up FILE (docs/clusters.md)."
+        )
+    return read, nodes.document.value
 
 
 def _show(region: Region, started: Sequence[Started], progress: Progress, *, as_json: bool) -> None:

@@ -1,0 +1,85 @@
+"""A whole TPU slice for one replica, or none of it.
+
+The replica runs at the slice's first host, for `ray_actor_options.resources` asks for what each slice
+has once, `TPU-v5litepod-16-head: 1`: no second replica gets in. From there it reserves every chip of
+every host of this slice by name, through Ray's own TPU support (`ray.util.tpu`).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+from nearfield.core.cluster import SLICE, WORKER
+from nearfield.core.errors import Unavailable
+from nearfield.core.spec import TpuSlice
+from nearfield.serving.engines.base import Slice
+from ray.util.tpu import get_tpu_nodes_for_slice, slice_placement_group
+
+_LOOK_S = 1.0
+
+
+class Reservation:
+    """The slice, and what holds it for as long as the replica lives."""
+
+    def __init__(self, wanted: TpuSlice) -> None:
+        """Reserve the slice that this process runs on. Waits up to `wanted.wait_s`.
+
+        Raises:
+            Unavailable: it has not got all its hosts, or somebody has some of their chips.
+        """
+        deadline_s = time.monotonic() + wanted.wait_s
+        name = _own_slice(wanted)
+        hosts = _hosts(name, wanted, deadline_s)
+        self._placed = slice_placement_group(
+            wanted.topology,
+            wanted.accelerator_type,
+            strategy="STRICT_SPREAD",
+            bundle_label_selector=[{SLICE: name, WORKER: str(n)} for n in range(len(hosts))],
+        )
+        group = self._placed.placement_group
+        assert group is not None
+        try:
+            ray.get(group.ready(), timeout=max(_LOOK_S, deadline_s - time.monotonic()))
+        except ray.exceptions.GetTimeoutError:
+            self._placed.shutdown()
+            raise Unavailable(
+                f"Chips of the TPU slice {name} are in use by others: models that need one host "
+                "must select ray.io/tpu-topology, so that they do not take a slice's.",
+                code="slice_in_use",
+            ) from None
+        self.slice = Slice(name, tuple(hosts), wanted.chips // len(hosts), group.id.hex())
+
+
+def _own_slice(wanted: TpuSlice) -> str:
+    here = ray.get_runtime_context().get_node_id()
+    name = next(n["Labels"].get(SLICE) for n in ray.nodes() if n["NodeID"] == here)
+    if not name:
+        raise Unavailable(
+            f"This replica is not on a TPU slice: ray_actor_options.resources must ask for "
+            f"{wanted.head_resource}: 1.",
+            code="slice_missing",
+        )
+    return str(name)
+
+
+def _hosts(name: str, wanted: TpuSlice, deadline_s: float) -> list[str]:
+    """Addresses of all hosts, the first first. They come up one after another."""
+    while True:
+        found = {int(n["Labels"][WORKER]): n for n in get_tpu_nodes_for_slice(name)}
+        chips = sum(node["Resources"].get("TPU", 0) for node in found.values())
+        if chips >= wanted.chips and sorted(found) == list(range(len(found))):
+            return [_address(found[worker]) for worker in sorted(found)]
+        if time.monotonic() > deadline_s:
+            there = ", ".join(str(worker) for worker in sorted(found)) or "none"
+            raise Unavailable(
+                f"The TPU slice {name} is not whole after {wanted.wait_s:g} s: {chips:g} of "
+                f"{wanted.chips} chips, at its hosts {there}. It is not used.",
+                code="slice_not_whole",
+            )
+        time.sleep(_LOOK_S)
+
+
+def _address(node: dict[str, Any]) -> str:
+    return str(node["NodeManagerAddress"])

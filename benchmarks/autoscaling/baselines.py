@@ -36,19 +36,23 @@ class Window:
     def __init__(self, over_s: float) -> None:
         self._over_s = over_s
         self._parts: deque[tuple[float, float, float]] = deque()  # end, length, amount
+        self._length_s = self._amount = 0.0
 
     def add(self, now_s: float, elapsed_s: float, amount: float) -> None:
         """An amount that fell in the `elapsed_s` until now."""
         if elapsed_s > 0.0:
             self._parts.append((now_s, elapsed_s, amount))
+            self._length_s += elapsed_s
+            self._amount += amount
         while self._parts and self._parts[0][0] <= now_s - self._over_s:
-            self._parts.popleft()
+            _, length_s, old = self._parts.popleft()
+            self._length_s -= length_s
+            self._amount = self._amount - old if self._parts else 0.0
 
     @property
     def rate(self) -> float:
         """Amount a second over the window, or over what is in it."""
-        length_s = math.fsum(part[1] for part in self._parts)
-        return math.fsum(part[2] for part in self._parts) / length_s if length_s else 0.0
+        return max(0.0, self._amount) / self._length_s if self._parts else 0.0
 
     @property
     def largest(self) -> float:
@@ -91,6 +95,7 @@ class Reactive:
         speed = next((s for s in (*speeds, *known) if s > 0.0), 0.0)
         if speed <= 0.0 or elapsed_s <= 0.0:
             total = sum(pool.running + len(pool.starting) for pool in signals.pools)
+            self._wanted.add(signals.now_s, 1.0, total)  # by whoever started them
             return fill(total, signals, state, spec, "nothing is known yet")
         wanted = math.ceil(self._window.rate / (speed * self._utilisation) - 1e-9)
         self._wanted.add(signals.now_s, elapsed_s, wanted)

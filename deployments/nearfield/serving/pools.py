@@ -1,26 +1,25 @@
 """The pools of a region's models, as Serve's controller sees them, in front of the scaling policy.
 
 Serve asks each deployment's policy by itself, ten times a second. Here the pools of one model come
-together: what each deployment's context says is kept, and once a second `policy.scale.step` decides
-for all of them; in between, each is told what was decided.
-
-What a context does not say is counted here: how long replicas have been starting, how long they
-took, which were lost. Replicas report totals that only grow (`Gate.totals`): what came since the
-last step is their difference, whoever else reads them.
+together: what each deployment's contexts say is kept (`watch`), what they do not say is added
+(`surroundings`), and once a second `policy.scale.step` decides for all of them; in between, each is
+told what was decided. What was learnt, and why it was decided so, is kept in the cluster's head:
+the policy's state outlives the controller, which Serve's own keeping of it does not.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from nearfield.api.scaling import KEY, Change, ModelScaling, PoolScaling
 from nearfield.core.scaling import ScalingOptions
 from nearfield.policy.scale import (
-    NO_DATA,
     Decision,
-    Measured,
     PoolSignals,
     PoolSpec,
     ScalingSpec,
@@ -28,8 +27,8 @@ from nearfield.policy.scale import (
     State,
     step,
 )
-from nearfield.serving.gate import WAITS_S
-from nearfield.serving.launches import Launches
+from nearfield.serving.surroundings import Surroundings
+from nearfield.serving.watch import Watch
 from ray.serve.config import AutoscalingContext
 
 log = logging.getLogger(
@@ -41,9 +40,13 @@ SILENT_S = 5.0
 """A pool that Serve has not asked about for so long is left out: its load is unknown ..."""
 FORGET_S = 60.0
 """... and after so long it is gone."""
-STALE_S = 30.0
-"""A replica's totals that are older say nothing of now."""
-STATE_KEY = "nearfield"
+PASSED_OVER = 10
+"""So often in a row others were asked about and this pool was not: that is no coincidence."""
+KEEP_S = 10.0
+TELL_S = 2.0
+CHANGES = 50
+"""Changes of a model's targets that are kept for whoever asks what happened."""
+STATE_KEY = "scaling/state/"
 
 
 class Seat:
@@ -57,115 +60,18 @@ class Seat:
         self._options = ScalingOptions.model_validate(options)
         self._watch = Watch()
 
-    def decide(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """The target and the state to keep: Serve's answer of a policy."""
+    def decide(self, context: AutoscalingContext) -> int:
+        """The deployment's target."""
         own = self._options
         application = context.app_name or context.deployment_name
-        fleet = _FLEETS.setdefault(own.model or application, Fleet(own.model or application))
+        model = own.model or application
+        fleet = _FLEETS.get(model)
+        if fleet is None:
+            fleet = _FLEETS[model] = Fleet(model, _SURROUNDINGS)
         now_s = float(context.current_time or 0.0)
-        self._watch.read(context, now_s)
+        self._watch.read(context, now_s, resumed=fleet.knows(application))
         fleet.join(application, own, context, self._watch, now_s)
-        fleet.adopt(context.policy_state.get(STATE_KEY))
-        target, plain = fleet.decide(application, now_s)
-        return target, {STATE_KEY: plain}
-
-
-class Watch:
-    """What happened to one deployment between its contexts."""
-
-    def __init__(self) -> None:
-        self._asked_s: list[float] = []  # when the replicas that start were asked for
-        self._running: frozenset[str] = frozenset()
-        self._found: frozenset[str] = frozenset()  # were there when this began to watch
-        self._target: int | None = None
-        self._totals: dict[str, dict[str, float]] = {}
-        self._now: dict[str, float] = {}
-        self._since: dict[str, float] = {}
-        self._known = False
-        self._boots_s: list[float] = []
-        self._lost = 0
-
-    def read(self, context: AutoscalingContext, now_s: float) -> None:
-        """Take in what Serve knows now."""
-        running = frozenset(r.unique_id for r in context.running_replicas)
-        target = context.target_num_replicas
-        came, went = len(running - self._running), len(self._running - running)
-        if self._target is None:
-            self._found = running
-        else:
-            for asked_s in self._asked_s[:came]:
-                self._boots_s.append(now_s - asked_s)
-            meant = max(0, len(self._running) + len(self._asked_s) - target)
-            self._lost += max(0, went - meant)
-        del self._asked_s[:came]
-        starting = max(0, target - len(running))
-        del self._asked_s[starting:]  # Serve stops the youngest first
-        self._asked_s += [now_s] * (starting - len(self._asked_s))
-        self._running, self._target = running, target
-        self._count(context, running, now_s)
-
-    @property
-    def starting(self) -> bool:
-        """Whether a replica was asked for that does not run yet."""
-        return bool(self._asked_s)
-
-    def _count(self, context: AutoscalingContext, running: frozenset[str], now_s: float) -> None:
-        metrics = context.raw_metrics or {}
-        self._now, heard = {}, set()
-        for name, by_replica in metrics.items():
-            for replica, series in by_replica.items():
-                if not series or now_s - series[-1].timestamp > STALE_S:
-                    continue
-                value, key = float(series[-1].value), replica.unique_id
-                heard.add(key)
-                if not name.endswith("_total"):
-                    reduce = max if name.endswith("_s") else float.__add__
-                    self._now[name] = reduce(self._now.get(name, 0.0), value)
-                    continue
-                # What a replica did before it was watched did not come in this second.
-                first = value if key in self._found else 0.0
-                before = self._totals.setdefault(key, {}).get(name, first)
-                self._since[name] = self._since.get(name, 0.0) + max(0.0, value - before)
-                self._totals[key][name] = value
-        self._totals = {key: own for key, own in self._totals.items() if key in running}
-        self._known = bool(heard & running) or not running
-        self._now["handles"] = float(context.total_queued_requests or 0.0)
-
-    def signals(
-        self, name: str, max_wait_s: float, now_s: float, *, refused: bool = False
-    ) -> PoolSignals:
-        """What came since the last time this was asked.
-
-        Args:
-            refused: the nodes that its replicas would start on cannot be had now.
-        """
-        since, self._since = self._since, {}
-        boots_s, self._boots_s = tuple(self._boots_s), []
-        lost, self._lost = self._lost, 0
-        seen = self._now
-        queued = seen.get("waiting", 0.0) + seen["handles"]
-
-        def known(value: float) -> Measured:
-            return value if self._known else NO_DATA
-
-        return PoolSignals(
-            name,
-            running=len(self._running),
-            starting=tuple(math.inf if refused else now_s - asked_s for asked_s in self._asked_s),
-            ongoing=known(queued + seen.get("running", 0.0)),
-            queued=known(queued),
-            arrivals=known(since.get("arrived_total", 0.0)),
-            late=known(since.get("refused_total", 0.0) + since.get(_waited(max_wait_s), 0.0)),
-            queue_age_s=known(seen.get("queue_age_s", 0.0)),
-            boots_s=boots_s,
-            lost=lost,
-        )
-
-
-def _waited(max_wait_s: float) -> str:
-    """The total of the requests that waited longer, or of the next shorter wait that is counted."""
-    counted = [wait_s for wait_s in WAITS_S if wait_s <= max_wait_s]
-    return f"waited_{counted[-1] if counted else WAITS_S[0]:g}_total"
+        return fleet.decide(application, now_s)
 
 
 class _Member(NamedTuple):
@@ -180,14 +86,21 @@ class _Member(NamedTuple):
 class Fleet:
     """The pools of one model in this region, and the policy's last word on them."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, surroundings: Surroundings) -> None:
         self._model = model
+        self._surroundings = surroundings
         self._members: dict[str, _Member] = {}
-        self._state: State | None = None
-        self._plain: dict[str, object] = {}
+        self._passed: dict[str, Counter[str]] = {}
+        kept = surroundings.kept(STATE_KEY + model)
+        self._state = State() if kept is None else State.from_plain(json.loads(kept))
         self._decision: Decision | None = None
-        self._decided_s = -math.inf
-        self._told: dict[str, int] = {}
+        self._decided_s = self._kept_s = self._told_s = -math.inf
+        self._targets: dict[str, tuple[int, float]] = {}  # and since when
+        self._changes: deque[Change] = deque(maxlen=CHANGES)
+
+    def knows(self, application: str) -> bool:
+        """Whether it has been decided for before, by this controller or by one before it."""
+        return application in self._state.pools
 
     def join(
         self,
@@ -211,29 +124,29 @@ class Fleet:
             boot_s=options.boot_s,
         )
         self._members[application] = _Member(spec, options, watch, now_s)
+        self._passed[application] = Counter()
+        for name, passed in self._passed.items():
+            if name != application:
+                passed[application] += 1
 
-    def adopt(self, plain: object) -> None:
-        """Go on from a state that Serve kept, if there is none here."""
-        if self._state is None:
-            self._state = State.from_plain(plain) if isinstance(plain, Mapping) else State()
-
-    def decide(self, application: str, now_s: float) -> tuple[int, dict[str, object]]:
-        """The application's target, and the state as plain data."""
+    def decide(self, application: str, now_s: float) -> int:
+        """The application's target."""
         new = self._decision is None or not any(
             t.name == application for t in self._decision.targets
         )
         if new or now_s - self._decided_s >= STEP_S:
             self._step(now_s)
         assert self._decision is not None
-        return self._decision.target(application).replicas, self._plain
+        return self._decision.target(application).replicas
 
     def _step(self, now_s: float) -> None:
-        for name in [n for n, m in self._members.items() if now_s - m.heard_s > FORGET_S]:
-            del self._members[name]
-        state = self._state or State()
+        for name in [n for n, m in self._members.items() if self._is_gone(n, m, now_s)]:
+            del self._members[name], self._passed[name]
+        state = self._state
         if now_s < state.now_s:  # the wall clock was set back
             state = State()
-        members = list(self._members.values())
+        members = sorted(self._members.values(), key=_preference)
+        self._surroundings.attend(curious=any(m.watch.waits for m in members))
         options = [m.options for m in members]
         budgets = [o.max_usd_per_hour for o in options if o.max_usd_per_hour is not None]
         spec = ScalingSpec(
@@ -244,33 +157,81 @@ class Fleet:
             hold_s=max(o.hold_s for o in options),
             idle_s=max(o.idle_s for o in options),
         )
-        fresh = tuple(
-            m.watch.signals(
-                m.spec.name,
-                spec.max_wait_s,
-                now_s,
-                refused=m.watch.starting and _LAUNCHES.refused(m.options.node_types, now_s),
-            )
-            for m in members
-            if now_s - m.heard_s <= SILENT_S
-        )
-        self._decision, self._state = step(Signals(now_s, fresh), state, spec)
-        self._decided_s, self._plain = now_s, self._state.to_plain()
-        for line in self._changes():
-            log.info(line)
+        seen = (self._signals(m, spec.max_wait_s, now_s) for m in members)
+        signals = Signals(now_s, tuple(pool for pool in seen if pool is not None))
+        self._decision, self._state = step(signals, state, spec)
+        self._decided_s = now_s
+        for change in self._note(now_s):
+            self._changes.appendleft(change)
+            before = "" if change.before is None else f"{change.before} -> "
+            log.info("scaling %s: %s: %s%s", self._model, change.application, before, change.reason)
+        self._keep(now_s)
 
-    def _changes(self) -> Iterator[str]:
-        """One line for each pool whose target is another than before."""
+    def _is_cold(self, name: str, member: _Member) -> bool:
+        """Whether requests wait for its first replica: then Serve asks nobody about it."""
+        silent = max(self._passed[name].values(), default=0) >= PASSED_OVER
+        return silent and member.watch.at_zero and self._surroundings.has_replicas(name)
+
+    def _is_gone(self, name: str, member: _Member, now_s: float) -> bool:
+        return now_s - member.heard_s > FORGET_S and not self._is_cold(name, member)
+
+    def _signals(self, member: _Member, max_wait_s: float, now_s: float) -> PoolSignals | None:
+        """What is known of one pool; None: nothing."""
+        name, watch = member.spec.name, member.watch
+        stuck = self._surroundings.stuck(name)
+        refused = self._surroundings.refused(member.options.node_types, now_s)
+        if self._is_cold(name, member):
+            return watch.cold(name, now_s, stuck=stuck, refused=refused)
+        if now_s - member.heard_s > SILENT_S:
+            return None
+        return watch.signals(name, max_wait_s, now_s, stuck=stuck, refused=refused)
+
+    def _note(self, now_s: float) -> Iterator[Change]:
+        """The targets that are others than before."""
         assert self._decision is not None
         for target in self._decision.targets:
-            before = self._told.get(target.name)
+            before, _ = self._targets.get(target.name, (None, 0.0))
             if before != target.replicas:
-                self._told[target.name] = target.replicas
-                change = f"{before} -> " if before is not None else ""
-                yield f"scaling {self._model}: {target.name}: {change}{target.reason}"
+                self._targets[target.name] = (target.replicas, now_s)
+                yield Change(now_s, target.name, before, target.replicas, target.reason)
+
+    def _keep(self, now_s: float) -> None:
+        changed = bool(self._changes) and self._changes[0].at_s == now_s
+        if changed or now_s - self._told_s >= TELL_S:
+            self._told_s = now_s
+            self._surroundings.keep(KEY + self._model, self._told().to_json())
+        if now_s - self._kept_s >= KEEP_S:
+            self._kept_s = now_s
+            plain = json.dumps(self._state.to_plain(), allow_nan=False)
+            self._surroundings.keep(STATE_KEY + self._model, plain.encode())
+
+    def _told(self) -> ModelScaling:
+        assert self._decision is not None
+        pools = tuple(
+            PoolScaling(
+                application=target.name,
+                pool=self._members[target.name].options.pool,
+                replicas=target.replicas,
+                since_s=self._targets[target.name][1],
+                reason=target.reason,
+                leaving=len(target.drain),
+            )
+            for target in self._decision.targets
+        )
+        terms = {
+            name: value for name, value in self._decision.terms.items() if math.isfinite(value)
+        }
+        return ModelScaling(
+            self._model, self._decided_s, self._decision.reason, terms, pools, tuple(self._changes)
+        )
 
 
-_LAUNCHES = Launches()
+def _preference(member: _Member) -> tuple[float, str]:
+    """The cheapest for each request at once first: until speeds are measured, that is the order."""
+    return member.spec.usd_per_hour / member.spec.target_ongoing, member.spec.name
+
+
+_SURROUNDINGS = Surroundings()
 _FLEETS: dict[str, Fleet] = {}
 """By model. The controller's process is where the pools of a model meet: Serve makes one policy for
 each deployment and none for several applications."""

@@ -21,5 +21,5 @@ class Scaling:
         self._seat = pools.Seat(options)
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """The replicas this deployment should have, and the policy's state."""
-        return self._seat.decide(context)
+        """The replicas this deployment should have. What was learnt is kept elsewhere."""
+        return self._seat.decide(context), {}

@@ -251,6 +251,24 @@ def test_a_model_at_zero_is_started_through_the_ingress_if_somebody_can() -> Non
     assert walk.rows() == []
 
 
+def test_who_waits_for_a_pool_to_start_goes_to_one_that_has() -> None:
+    walk = Walk()
+    spot, tpu, others = ({"name": n, "products": p} for n, p in
+                         [("spot", None), ("tpu", None), ("x", ["x"])])  # fmt: skip
+    walk.agent(app([], pool=tpu), app([], pool=others), app([], pool=spot))
+    waits = walk.home(pool="tpu").ingress
+    assert waits.target is not None
+    attempt = Attempt(Leg(waits.target), walk.now_s)
+    waits.running[attempt] = 0.0
+    walk.agent(app([], pool=tpu), app(["b"], pool=others), app([], pool=spot))
+    walk.load()
+    assert walk.given_up == []  # those are not for everybody
+    walk.agent(app([], pool=tpu), app(["b"], pool=others), app(["a"], pool=spot))
+    walk.load()
+    walk.load()
+    assert walk.given_up == [waits.target]  # once
+
+
 def test_nothing_is_started_while_the_controller_is_gone() -> None:
     walk = Walk()
     walk.agent(app([]), age_s=60)

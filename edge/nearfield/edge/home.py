@@ -232,6 +232,12 @@ class HomeEndpoint(Known):
     def _can_start(self) -> bool:
         return self.named and self.status not in _NOT_STARTING
 
+    def may_send_to(self, other: HomeEndpoint) -> bool:
+        """Whether it has nobody, and the other one may have its requests."""
+        mine, its = self.endpoint, other.endpoint
+        same = (mine.model, mine.version) == (its.model, its.version)
+        return same and not self.places and its.products in (None, mine.products)
+
     def takes_requests(self, replica: Replica, now_s: float) -> bool:
         """Whether new ones may go there, as far as the agent's word and its own goes."""
         if replica.load is not None and replica.load.leaving:

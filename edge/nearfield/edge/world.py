@@ -113,6 +113,7 @@ class World:
         self._draw = draw
         self._dirty = self._urgent = True
         self._lost: list[Target] = []
+        self._serving: frozenset[HomeEndpoint] = frozenset()
         self._ticked_s = self._home_lived_s = -math.inf
         self._models: dict[str, tuple[Known, ...]] = {}
         self._by_number: dict[int, Known] = {}
@@ -481,6 +482,9 @@ class World:
         self._dirty = True
         if self._urgent:
             self.refresh(self.clock())
+        self._give_up()
+
+    def _give_up(self) -> None:
         lost, self._lost = self._lost, []
         for target in lost:
             self.abandon(target)
@@ -495,6 +499,7 @@ class World:
             self._tick(now_s)
         if self._dirty:
             self.refresh(now_s)
+        self._give_up()
         for region in self.others:  # who keeps requests waiting is asked before its turn
             if now_s >= region.asked_s + OVERDUE_S and self.overdue(region):
                 self.doubt(region)
@@ -545,6 +550,23 @@ class World:
         self.generation += 1
         self.refreshed()
 
+    def _free(self, home: Home) -> None:
+        """Whoever waits for a pool to start goes to one that has started meanwhile.
+
+        The machine of the first may not come for hours; the scaling policy has started another
+        pool for just these requests.
+        """
+        serving = frozenset(known for known in home.endpoints.values() if known.places)
+        for came in serving - self._serving:
+            self._lost += [
+                target
+                for known in home.endpoints.values()
+                if known.ingress.running
+                and known.may_send_to(came)
+                and (target := known.ingress.target) is not None
+            ]
+        self._serving = serving
+
     def _restate(self, region: Region, now_s: float) -> None:
         believed = self.alive.of(region.name)
         health: Health = "down" if region.wrong is not None else believed.health
@@ -557,6 +579,7 @@ class World:
                     now_s, self.books, self.running, (health, weight, back_s), can_start=can_start
                 )
                 self._doubt_answers(home, now_s)
+            self._free(self.home)
             return
         region.restate(health, weight, back_s)
         for known in region.endpoints.values():

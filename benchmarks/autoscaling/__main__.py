@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "pools": "a noisy neighbour on a shared cluster, and what pools of its own cost",
     "traces": "recorded traffic: the policy against an oracle, Ray Serve's, Knative's and others",
+    "speed": "requests that `nearfield simulate` simulates in a second of a core",
     "record": "a real run for `nearfield simulate --calibrate`",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 
 from hypothesis import given, settings
@@ -79,7 +78,7 @@ def test_more_work_on_the_chosen_one_never_attracts(
     states: list[ReplicaState], draw: float, tokens: float, number: int
 ) -> None:
     """A replica that is passed over is not chosen for having more to do."""
-    states = [dataclasses.replace(s, weight=1.0) for s in states[:MOST_LOOKED_AT]]
+    states = [s._replace(weight=1.0) for s in states[:MOST_LOOKED_AT]]
     own, work = [0] * 24, [0.0] * 24
     before = choose(places(states), own, work, draw, tokens=tokens)
     if before is None or before.state.number == number or number >= len(states):

@@ -20,7 +20,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from nearfield.policy.rank import Place, ReplicaState, choose, places
@@ -167,8 +167,7 @@ class World:
             replica.advance(now_s)
             jobs = [*replica.running, *replica.queue]
             states.append(
-                replace(
-                    replica.spec,
+                replica.spec._replace(
                     load=len(jobs),
                     work=sum(job.known for job in jobs),
                     own=gateway.own[number],

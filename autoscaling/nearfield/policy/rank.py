@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from nearfield.policy.endpoints import DEFAULT, ECHO, QUEUE_SHARES, Health, crowd
@@ -42,8 +41,7 @@ the mean of a busy mix of fast and slow replicas; from 2.5 to 4 mean and p99 har
 NOTHING: Mapping[int, int] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaState:
+class ReplicaState(NamedTuple):
     """What the last poll told about a replica.
 
     Attributes:
@@ -122,19 +120,21 @@ def _place(state: ReplicaState, echo: float) -> Place:
         explained_s = state.work / max(1, state.load) / state.tokens_s * waiting
         late_s = max(0.0, state.queue_age_s - explained_s)
     room = state.slots - (state.load - state.own)
+    queue = state.max_queued
+    critical, default, sheddable = QUEUE_SHARES
     return Place(
-        number=state.number,
-        others=state.load - echo * state.own,
-        others_work=state.work - echo * state.own_work,
-        echo=echo,
-        slots=state.slots,
-        token_s=1 / state.tokens_s,
-        alone_token_s=1 / state.alone_tokens_s,
-        late_s=late_s,
-        kv_free=state.kv_total - state.kv_used if state.kv_total else math.inf,
-        rooms=tuple(room + int(share * state.max_queued) for share in QUEUE_SHARES),
-        weight=state.weight,
-        state=state,
+        state.number,
+        state.load - echo * state.own,
+        state.work - echo * state.own_work,
+        echo,
+        state.slots,
+        1 / state.tokens_s,
+        1 / state.alone_tokens_s,
+        late_s,
+        state.kv_total - state.kv_used if state.kv_total else math.inf,
+        (room + int(critical * queue), room + int(default * queue), room + int(sheddable * queue)),
+        state.weight,
+        state,
     )
 
 

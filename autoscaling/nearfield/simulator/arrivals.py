@@ -93,7 +93,26 @@ def draws(drawn: s.Drawn, folder: Path) -> Draw:
     mu = math.log(drawn.p50)
     sigma = math.log(drawn.p95 / drawn.p50) / Z95
     most = math.inf if drawn.most is None else drawn.most
-    return lambda rng: min(most, rng.lognormvariate(mu, sigma))
+    return lognormal(mu, sigma, most)
+
+
+def lognormal(mu: float, sigma: float, most: float) -> Draw:
+    """`rng.lognormvariate`, cut: the same draws by the same method (Kinderman and Monahan, 1977)
+    in half the time, as two of them make a request."""
+    exp, log = math.exp, math.log
+    magic = 4 * math.exp(-0.5) / math.sqrt(2.0)
+
+    def draw(rng: random.Random) -> float:
+        uniform = rng.random
+        while True:
+            u1 = uniform()
+            u2 = 1.0 - uniform()
+            z = magic * (u1 - 0.5) / u2
+            if z * z / 4.0 <= -log(u2):
+                drawn = exp(mu + z * sigma)
+                return drawn if drawn < most else most
+
+    return draw
 
 
 def stream(

@@ -111,7 +111,8 @@ class Tally:
 
     def came(self, now_s: float, count: int = 1) -> None:
         self.arrived += count
-        self.window(now_s).arrived += count
+        window = self._window if now_s < self._end_s else self.window(now_s)
+        window.arrived += count
 
     def answered(self, ttft_s: float, total_s: float, now_s: float, count: int = 1) -> None:
         self.done += count

@@ -123,7 +123,7 @@ class EventWorld(World):
     def _send(self, request: Request, lane: Lane) -> bool:
         """To that endpoint; whether it takes it."""
         pool, source = lane.pool, request.source
-        if outside(source, pool):
+        if source.allowed is not None and outside(source, pool):
             raise InvariantError(f"{source.name}: sent to {pool.endpoint.name}, outside of its law")
         request.tokens = request.prompt + pool.answer
         if not self.regions[pool.region].alive:
@@ -235,13 +235,14 @@ class EventWorld(World):
 
     def _uncount(self, request: Request) -> Pool:
         """It is at no endpoint any more."""
-        pool = request.pool
+        pool, gateway = request.pool, request.gateway
         assert pool is not None
         pool.load -= 1
-        if request.gateway.alive:
-            request.gateway.own[pool.number] -= 1
-            if request.gateway.own[pool.number] < 0:
-                raise InvariantError(f"{request.gateway.name}: fewer than no requests")
+        if gateway.alive:
+            left = gateway.own[pool.number] - 1
+            gateway.own[pool.number] = left
+            if left < 0:
+                raise InvariantError(f"{gateway.name}: fewer than no requests")
         request.pool = None
         return pool
 
@@ -275,9 +276,11 @@ class EventWorld(World):
             if batch.expired:
                 self._expire(replica)
             lane = replica.lane
-            if batch.running > batch.timing.slots or lane.own[replica.number] != batch.load:
+            running = batch.running
+            load = running + len(batch.waiting)
+            if running > batch.timing.slots or lane.own[replica.number] != load:
                 raise InvariantError(f"{replica.id}: its requests are miscounted")
-            if replica.stage == "draining" and not batch.load:
+            if not load and replica.stage == "draining":
                 self._gone(replica)
                 return
             if lane.pending:
@@ -296,10 +299,10 @@ class EventWorld(World):
         pool = self._uncount(request)
         self.in_flight -= 1
         came_s, first_s, rtt_s = request.came_s, request.first_s, request.rtt_s
-        source = request.source
-        source.tally.answered(first_s - came_s + rtt_s, now_s - came_s + rtt_s, now_s)
-        if pool.endpoint.region != request.gateway.name:
-            source.tally.abroad += 1
+        tally = request.source.tally
+        tally.answered(first_s - came_s + rtt_s, now_s - came_s + rtt_s, now_s)
+        if pool.region != request.gateway.region:
+            tally.abroad += 1
         joined_s = request.joined_s
         pool.learn(request.prompt, request.answer, first_s - joined_s, now_s - joined_s)
         pool.served += 1

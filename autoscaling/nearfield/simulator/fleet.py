@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from nearfield.policy.endpoints import Endpoint
-from nearfield.policy.scale import Notice, PoolSignals, PoolSpec
+from nearfield.policy.scale import NO_DATA, Notice, PoolSignals, PoolSpec
 from nearfield.simulator import scenario as s
 from nearfield.simulator.arrivals import Draw
 from nearfield.simulator.engine import Timing
@@ -241,8 +241,12 @@ class Pool:
 
     # ---- for the policy -------------------------------------------------------------------------
 
-    def scaling_spec(self) -> PoolSpec:
-        """As `policy.scale` is told of it once."""
+    def scaling_spec(self, *, tokens: bool) -> PoolSpec:
+        """As `policy.scale` is told of it once.
+
+        Args:
+            tokens: replicas tell of their work in tokens, and their speed is known.
+        """
         spec = self.spec
         target = spec.target_ongoing
         return PoolSpec(
@@ -254,11 +258,11 @@ class Pool:
             max_replicas=spec.max_replicas,
             usd_per_hour=spec.usd_per_hour,
             target_ongoing=TARGET_SHARE * self.timing.slots if target is None else target,
-            work_s=self.replica_work_s,
+            work_s=self.replica_work_s if tokens else NO_DATA,
             boot_s=self.cold_start_s,
         )
 
-    def signals(self, now_s: float) -> PoolSignals:
+    def signals(self, now_s: float, *, tokens: bool) -> PoolSignals:
         """What happened since the last call, and how it stands."""
         notices = tuple(
             Notice(replica.id, replica.due_s)
@@ -278,8 +282,8 @@ class Pool:
             queued=float(self.waiting),
             arrivals=float(self.arrivals),
             late=float(self.late),
-            work_in=self.work_in,
-            replica_work_s=self.replica_work_s,
+            work_in=self.work_in if tokens else NO_DATA,
+            replica_work_s=self.replica_work_s if tokens else NO_DATA,
             queue_age_s=self.queue_age_s,
             boots_s=tuple(self.boots_s),
             usd_per_hour=self.spec.usd_per_hour,

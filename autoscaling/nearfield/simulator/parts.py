@@ -108,7 +108,11 @@ class Region:
 
 @dataclass(slots=True, eq=False)
 class Scaler:
-    """The scaling of one model in one region."""
+    """The scaling of one model in one region.
+
+    Attributes:
+        tokens: see `Pool.signals`.
+    """
 
     region: Region
     model: str
@@ -116,6 +120,7 @@ class Scaler:
     spec: scale.ScalingSpec
     step: Step
     interval_s: float
+    tokens: bool
     state: scale.State = field(default_factory=scale.State)
     serve: dict[int, ServeState] = field(default_factory=dict)
     decisions: int = 0
@@ -267,17 +272,21 @@ def make_scalers(scenario: s.Scenario, regions: list[Region], step: Step) -> lis
             if not pools:
                 continue
             scaling = model.scaling
+            tokens = scaling.signals == "tokens"
             spec = scale.ScalingSpec(
-                tuple(pool.scaling_spec() for pool in pools),
+                tuple(pool.scaling_spec(tokens=tokens) for pool in pools),
                 max_wait_s=scaling.max_wait_s,
                 max_late=scaling.max_late,
                 max_usd_per_hour=scaling.max_usd_per_hour or math.inf,
+                hold_s=scaling.hold_s,
                 idle_s=scaling.idle_s,
             )
             chosen = step
             if scaling.policy == "static":
                 chosen = static({pool.spec.pool: pool.initial for pool in pools})
-            scalers.append(Scaler(region, model.model, pools, spec, chosen, scaling.interval_s))
+            scalers.append(
+                Scaler(region, model.model, pools, spec, chosen, scaling.interval_s, tokens)
+            )
     return scalers
 
 

@@ -178,10 +178,14 @@ class Scaling(Strict):
     """How the model is scaled in each region; see `policy.scale.ScalingSpec`."""
 
     policy: Literal["nearfield", "static"] = "nearfield"
+    signals: Literal["requests", "tokens"] = Field(
+        "tokens", description="what replicas tell of their work, and whether their speed"
+    )
     interval_s: Positive = 1.0
     max_wait_s: Positive = 2.0
     max_late: float = Field(0.01, gt=0, lt=1)
     max_usd_per_hour: Positive | None = Field(None, description="for each region; absent: none")
+    hold_s: NotNegative = 600.0
     idle_s: Positive = 300.0
 
 

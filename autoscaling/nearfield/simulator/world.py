@@ -254,7 +254,8 @@ class World:
         for pool in scaler.pools:
             self.refresh(pool)
         signals = scale.Signals(
-            self.scenario.start_s + now_s, tuple(pool.signals(now_s) for pool in scaler.pools)
+            self.scenario.start_s + now_s,
+            tuple(pool.signals(now_s, tokens=scaler.tokens) for pool in scaler.pools),
         )
         decision, scaler.state = scaler.step(signals, scaler.state, scaler.spec)
         scaler.decisions += 1
@@ -383,6 +384,8 @@ class World:
         if replica.stage == "gone" or replica.due_s < math.inf:
             return
         replica.due_s = self.now_s + spot.notice_s
+        if replica.stage == "ready":
+            replica.pool.lost += 1
         self._note("notice", replica.pool.endpoint.region, replica.id, f"in {spot.notice_s:g} s")
         self.at(replica.due_s, self._lose, replica)
 
@@ -390,8 +393,10 @@ class World:
         if replica.stage == "gone":
             return
         pool = replica.pool
-        if replica.stage == "ready":
-            pool.lost += 1
+        if replica.stage == "starting":
+            pool.refusals += 1
+        elif replica.due_s == math.inf:
+            pool.lost += 1  # one that was noticed has been counted
         pool.lost_all += 1
         self._note("lost", pool.endpoint.region, replica.id, f"while {replica.stage}")
         self._gone(replica)
@@ -460,7 +465,8 @@ class World:
                 scaler.state = scale.State()
                 for pool in scaler.pools:
                     pool.target = 0
-                    pool.signals(self.now_s)  # what was before is nobody's news any more
+                    # What was before is nobody's news any more.
+                    pool.signals(self.now_s, tokens=scaler.tokens)
 
     # ---- what the modes do ----------------------------------------------------------------------
 

@@ -11,8 +11,9 @@ import yaml
 from nearfield.core.architecture import UnknownArchitecture, architecture_of
 from nearfield.core.catalog import Accelerator, PriceFile
 from nearfield.core.catalog_files import FOLDERS, packaged, read_catalog
-from nearfield.core.check import check
+from nearfield.core.check import check, kind_of
 from nearfield.core.errors import BadRequest
+from nearfield.core.yaml_document import Document, parse
 from nearfield.core.yaml_file import read_document
 from nearfield.policy.validate import architectures
 from pydantic import ValidationError
@@ -26,16 +27,18 @@ NOTED = [
 ]
 
 
-def document(path: Path) -> tuple[str, object]:
+def document(path: Path) -> tuple[str, Document]:
     read = read_document(path, path.name)
-    assert hasattr(read, "value"), read
+    assert isinstance(read, Document), read
     return path.name, read
 
 
-@pytest.mark.parametrize("kind", ["hardware", "prices"])
+@pytest.mark.parametrize("kind", FOLDERS)
 def test_nearfield_check_takes_every_file(kind: str) -> None:
     for path in sorted((packaged() / kind).glob("*.yaml")):
-        assert check([document(path)]) == [], path  # type: ignore[list-item]
+        name, read = document(path)
+        assert check([(name, read)]) == [], path
+        assert kind_of(read) == kind
 
 
 def test_it_knows_every_sort_of_hardware() -> None:
@@ -152,6 +155,46 @@ class TestOnesOwn:
         (tmp_path / "hardware" / "x.yaml").write_text("hardware: x\naccelerators: [{name: a}]\n")
         with pytest.raises(BadRequest, match=r"x\.yaml: accelerators\.0\.title.*nearfield check"):
             read_catalog([tmp_path])
+
+    @pytest.mark.parametrize(
+        ("key", "value", "remedy"),
+        [
+            ("model", "llama-3.1-9b", "did you mean llama-3.1-8b"),
+            ("accelerator", "H100-80", "did you mean H100-80GB"),
+            ("model", "a-model-of-ours", "add it there, or remove the entry"),
+        ],
+    )
+    def test_a_figure_of_what_nobody_describes(
+        self, tmp_path: Path, key: str, value: str, remedy: str
+    ) -> None:
+        figure = CATALOG.figures[0].model_dump(exclude_none=True) | {"source": "us", key: value}
+        source = {"title": "ours", "url": "https://example.com", "licence": "ours"}
+        text = yaml.safe_dump(
+            {"published": "ours", "sources": {"us": source}, "figures": [figure]}, sort_keys=False
+        )
+        (tmp_path / "published").mkdir()
+        (tmp_path / "published" / "ours.yaml").write_text(text)
+        with pytest.raises(BadRequest) as caught:
+            read_catalog([tmp_path])
+        assert f"ours.yaml: figures.0.{key} is '{value}', which no file" in str(caught.value)
+        assert remedy in str(caught.value)
+
+    def test_a_shape_that_is_none(self, tmp_path: Path) -> None:
+        known = {"source": "https://x.org/c", "parameters_b": 1.0, "config": {"hidden_size": 9}}
+        text = yaml.safe_dump({"models": "ours", "known": {"ours-1b": known}}, sort_keys=False)
+        (tmp_path / "models").mkdir()
+        path = tmp_path / "models" / "ours.yaml"
+        path.write_text(text)
+        with pytest.raises(BadRequest, match=r"known\.ours-1b\.config: describes no model"):
+            read_catalog([tmp_path])
+        found = check([(str(path), parse(text))])
+        assert [(problem.field, problem.line) for problem in found] == [("known.ours-1b.config", 6)]
+
+
+def test_check_names_the_line_of_a_figure() -> None:
+    text = "published: x\nsources: {}\nfigures:\n  - {source: a, tokens: 3}\n"
+    found = check([("x.yaml", parse(text))])
+    assert ("figures[0].tokens", 4) in [(problem.field, problem.line) for problem in found]
 
 
 def test_every_folder_is_shipped() -> None:

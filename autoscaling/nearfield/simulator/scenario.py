@@ -30,6 +30,7 @@ from typing import Annotated, Any, Literal
 from nearfield.core.check import located, repeated
 from nearfield.core.problems import Finding, Problem, did_you_mean, findings
 from nearfield.core.spec import Name, Strict
+from nearfield.core.yaml_document import Document
 from nearfield.core.yaml_document import Path as At
 from nearfield.core.yaml_file import read_document
 from nearfield.policy.scale import CapacityKind
@@ -373,8 +374,15 @@ def read(path: Path, name: str | None = None) -> Scenario | list[Problem]:
     """The scenario of a file, or everything that is wrong with it."""
     name = str(path) if name is None else name
     document = read_document(path, name)
-    if isinstance(document, Problem):
-        return [document]
+    return [document] if isinstance(document, Problem) else of(document, path, name)
+
+
+def of(document: Document, path: Path, name: str) -> Scenario | list[Problem]:
+    """What a file that was read says.
+
+    Args:
+        path: where it lies: its files are relative to it. name: as the user knows it.
+    """
     if document.duplicates:
         return [located(name, document, finding) for finding in repeated(document)]
     try:

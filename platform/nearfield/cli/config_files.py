@@ -81,9 +81,9 @@ def scenario(file: ConfigFile) -> Scenario | list[Problem] | None:
     value = file.document.value
     if not isinstance(value, dict) or "simulation" not in value:
         return None
-    from nearfield.simulator.scenario import read
+    from nearfield.simulator.scenario import of
 
-    return read(file.path, file.name)
+    return of(file.document, file.path, file.name)
 
 
 def _check_surroundings(file: ConfigFile) -> Iterator[Problem]:

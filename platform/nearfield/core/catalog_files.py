@@ -8,12 +8,13 @@ A folder has the same shape: hardware/*.yaml, prices/*.yaml, models/*.yaml, publ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import yaml
+from nearfield.core.architecture import UnknownArchitecture, architecture_of
 from nearfield.core.catalog import (
     Accelerator,
     EfficiencyFile,
@@ -28,6 +29,7 @@ from nearfield.core.catalog import (
     Source,
 )
 from nearfield.core.errors import BadRequest
+from nearfield.core.problems import Finding, did_you_mean
 from pydantic import BaseModel, ValidationError
 
 FOLDERS = ("hardware", "prices", "models", "published", "efficiency")
@@ -63,29 +65,51 @@ def read_catalog(others: Sequence[Path] = ()) -> Catalog:
         BadRequest: a file is none of these, or says something that cannot be.
     """
     catalog = Catalog()
+    named: list[_Named] = []
     for folder in (packaged(), *others):
         if not any((folder / kind).is_dir() for kind in FOLDERS):
             raise BadRequest(
                 f"{folder} is no catalogue: it has none of the folders {', '.join(FOLDERS)}",
                 param="catalog",
             )
-        for hardware in _files(folder, "hardware", HardwareFile):
+        for _, hardware in _files(folder, "hardware", HardwareFile):
             catalog.accelerators.update({each.name: each for each in hardware.accelerators})
-        for prices in _files(folder, "prices", PriceFile):
+        for path, prices in _files(folder, "prices", PriceFile):
             catalog.prices[prices.prices] = prices
-        for models in _files(folder, "models", ModelsFile):
+            for machine, what in prices.machines.items():
+                field_ = f"machines.{machine}.accelerator"
+                named.append(_Named(path, field_, "hardware", what.accelerator))
+        for path, models in _files(folder, "models", ModelsFile):
+            for finding in check_models(models):
+                where = ".".join(str(part) for part in finding.path)
+                raise _wrong(path, where, finding.message)
             for name, known in models.known.items():
                 catalog.models.update({name: known, **known.others()})
-        for published in _files(folder, "published", PublishedFile):
+        for path, published in _files(folder, "published", PublishedFile):
+            for index, figure in enumerate(published.figures):
+                at = f"figures.{index}"
+                named.append(_Named(path, f"{at}.accelerator", "hardware", figure.accelerator))
+                named.append(_Named(path, f"{at}.model", "models", figure.model))
             catalog.figures.extend(published.figures)
             catalog.sources.update(published.sources)
-        for efficiency in _files(folder, "efficiency", EfficiencyFile):
+        for _, efficiency in _files(folder, "efficiency", EfficiencyFile):
             catalog.shares.update(efficiency.families)
-    _check_names(catalog)
+    _check_names(named, {"hardware": catalog.accelerators, "models": catalog.models})
     return catalog
 
 
-def _files(folder: Path, kind: str, schema: type[File]) -> Iterator[File]:
+def check_models(file: ModelsFile) -> Iterator[Finding]:
+    """The shapes of which no model can be counted."""
+    for name, known in file.known.items():
+        try:
+            architecture_of(name, known.config)
+        except UnknownArchitecture as error:
+            at = ("known", name, "config")
+            remedy = "write the fields of its config.json as they stand there"
+            yield Finding(at, f"describes no model: {error}", remedy, has_value=False)
+
+
+def _files(folder: Path, kind: str, schema: type[File]) -> Iterator[tuple[Path, File]]:
     for path in sorted((folder / kind).glob("*.yaml")):
         try:
             loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -94,22 +118,35 @@ def _files(folder: Path, kind: str, schema: type[File]) -> Iterator[File]:
             first = str(error).splitlines()[0]
             raise BadRequest(f"{path} cannot be read: {first}", param="catalog") from None
         try:
-            yield schema.model_validate(data, strict=True)
+            yield path, schema.model_validate(data, strict=True)
         except ValidationError as error:
             detail = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in detail["loc"]) or "the file"
+            raise _wrong(path, where, detail["msg"]) from None
+
+
+def _wrong(path: Path, where: str, message: str) -> BadRequest:
+    return BadRequest(
+        f"{path}: {where}: {message} (nearfield check {path} names the line)", param="catalog"
+    )
+
+
+class _Named(NamedTuple):
+    """Where a file names what another folder's files describe."""
+
+    path: Path
+    field: str
+    folder: str
+    name: str
+
+
+def _check_names(named: Sequence[_Named], known: Mapping[str, Collection[str]]) -> None:
+    for path, field_, folder, name in named:
+        if name not in known[folder]:
+            likely = did_you_mean(name, known[folder])
+            meant = f"did you mean {likely}? Else " if likely else ""
             raise BadRequest(
-                f"{path}: {where}: {detail['msg']} (nearfield check {path} names the line)",
+                f"{path}: {field_} is {name!r}, which no file in {folder}/ describes: {meant}add "
+                "it there, or remove the entry",
                 param="catalog",
-            ) from None
-
-
-def _check_names(catalog: Catalog) -> None:
-    for provider, prices in catalog.prices.items():
-        for machine, what in prices.machines.items():
-            if what.accelerator not in catalog.accelerators:
-                raise BadRequest(
-                    f"prices {provider}: {machine} has {what.accelerator}, which no hardware file "
-                    "describes: add it to hardware/, or remove the machine",
-                    param="catalog",
-                )
+            )

@@ -12,7 +12,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from nearfield.core import cluster
-from nearfield.core.catalog import HardwareFile, PriceFile
+from nearfield.core.catalog import (
+    EfficiencyFile,
+    HardwareFile,
+    ModelsFile,
+    PriceFile,
+    PublishedFile,
+)
+from nearfield.core.catalog_files import check_models
 from nearfield.core.federation import GatewayFile, RegionFile
 from nearfield.core.problems import Finding, Problem, did_you_mean, dotted, findings, shown
 from nearfield.core.scaling import SCALING_POLICY, ScalingOptions
@@ -27,12 +34,18 @@ from nearfield.core.spec import BUILTIN_MODELS, NAME_PATTERN, ModelSpec, TpuSlic
 from nearfield.core.yaml_document import Document, Path
 from pydantic import BaseModel, ValidationError
 
-Kind = Literal["serve", "region", "gateway", "hardware", "prices", "cluster"]
+Kind = Literal[
+    "serve", "region", "gateway", "cluster",
+    "hardware", "prices", "models", "published", "efficiency",
+]  # fmt: skip
 _OTHERS: dict[Kind, type[BaseModel]] = {
     "region": RegionFile,
     "gateway": GatewayFile,
     "hardware": HardwareFile,
     "prices": PriceFile,
+    "models": ModelsFile,
+    "published": PublishedFile,
+    "efficiency": EfficiencyFile,
 }
 _MODEL_ROUTE = re.compile(r"/[A-Za-z0-9._-]+")
 
@@ -50,8 +63,8 @@ def check(documents: Sequence[tuple[str, Document]]) -> list[Problem]:
 
 
 def kind_of(document: Document) -> Kind:
-    """What a file describes, by its first words: a region, a gateway, accelerators, prices, a
-    cluster's nodes; else a Serve config."""
+    """What a file describes, by its first words: a region, a gateway, a cluster's nodes, a part of
+    the catalogue; else a Serve config."""
     keys = document.value.keys() if isinstance(document.value, dict) else ()
     if "applications" in keys:
         return "serve"
@@ -125,7 +138,10 @@ def _check_document(document: Document) -> Iterator[Finding]:
         yield from _check_cluster(data)
         return
     if kind != "serve":
-        yield from _validate(_OTHERS[kind], data, (), strict=True)
+        problems = list(_validate(_OTHERS[kind], data, (), strict=True))
+        yield from problems
+        if kind == "models" and not problems:
+            yield from check_models(ModelsFile.model_validate(data))
         return
     if "import_path" in data and "applications" not in data:
         yield Finding(

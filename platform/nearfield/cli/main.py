@@ -20,6 +20,7 @@ COMMANDS = {
     "models": ("status", "List the models of the region: where, in which state."),
     "status": ("status", "Show the region, or all of them: endpoints, models, processes."),
     "gateway": ("gateway", "Run a gateway: what clients reach, before any number of regions."),
+    "notices": ("notices", "Pass a spot machine's interruption notice on to Ray."),
     "route": ("route", "Show where a request would go now, and why."),
     "simulate": ("simulate", "Run a scenario through the production policy, in simulated time."),
     "pools": ("pools", "Price isolation: shared, fair-queued, dedicated pools for products."),

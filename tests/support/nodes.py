@@ -25,7 +25,8 @@ from pathlib import Path
 from nearfield.cli import processes, ray_head
 from nearfield.cli import region as regions
 from nearfield.cli.ports import Reservations
-from nearfield.core.settings import Settings
+
+from tests.support.processes import write_files
 
 START_S = 120.0
 GPU_KEYS = ("CPU", "GPU")
@@ -50,7 +51,7 @@ class Node:
         due_s = time.time() + in_s
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "drain-node"),
-            *("--address", gcs_address(self.region), "--node-id", self.id),
+            *("--address", self.region.gcs_address, "--node-id", self.id),
             *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"),
             *("--deadline-remaining-seconds", str(int(in_s))),
         ]
@@ -81,7 +82,7 @@ class Nodes:
         others = {key: value for key, value in resources.items() if key not in GPU_KEYS}
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start"),
-            f"--address={gcs_address(self.region)}",
+            f"--address={self.region.gcs_address}",
             f"--num-cpus={int(resources.get('CPU', 0))}",
             f"--num-gpus={int(resources.get('GPU', 0))}",
             f"--resources={json.dumps(others)}",
@@ -115,12 +116,6 @@ class Nodes:
         self._ports.close()
 
 
-def gcs_address(region: regions.Region) -> str:
-    """Where the region's head listens."""
-    [host] = {"127.0.0.1"}
-    return f"{host}:{region.state.ports.gcs}"
-
-
 def environment(region: regions.Region) -> dict[str, str]:
     """What the region's head was started with."""
     state = region.state
@@ -148,11 +143,12 @@ def cluster(root: Path, environ: Mapping[str, str]) -> Iterator[Nodes]:
         regions.end(running, drain_timeout_s=0)
 
 
-def settings(region: regions.Region) -> Settings:
-    return region.settings
-
-
 def _has(process: processes.Process, mark: bytes) -> bool:
     with contextlib.suppress(OSError):
         return mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
     return False
+
+
+def write_gateway(folder: Path, region: regions.Region) -> Path:
+    """A gateway's file for this region, and its region's."""
+    return write_files(folder, serve_port=region.state.port)

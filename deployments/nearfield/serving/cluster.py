@@ -11,13 +11,12 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import ray
+from nearfield.api.scaling import NAMESPACE
 from ray._raylet import GcsClient, GcsClientOptions, GlobalStateAccessor
 from ray.core.generated import autoscaler_pb2, gcs_pb2
 from ray.serve._private.common import ReplicaID
 
 TIMEOUT_S = 2.0
-KEPT = b"nearfield"
-"""Namespace of what is kept in the head's key-value store."""
 _V1_STATUS = b"__autoscaling_status"
 """Where Ray's first autoscaler leaves word of itself."""
 
@@ -143,7 +142,7 @@ class Cluster:
         Raises:
             RuntimeError: the head does not answer.
         """
-        self._gcs.internal_kv_put(key.encode(), value, True, KEPT, timeout=TIMEOUT_S)
+        self._gcs.internal_kv_put(key.encode(), value, True, NAMESPACE, timeout=TIMEOUT_S)
 
     def kept(self, key: str) -> bytes | None:
         """What is kept under the key.
@@ -151,17 +150,8 @@ class Cluster:
         Raises:
             RuntimeError: the head does not answer.
         """
-        found: bytes | None = self._gcs.internal_kv_get(key.encode(), KEPT, timeout=TIMEOUT_S)
+        found: bytes | None = self._gcs.internal_kv_get(key.encode(), NAMESPACE, timeout=TIMEOUT_S)
         return found
-
-    def keys(self, prefix: str) -> list[str]:
-        """The keys that begin so.
-
-        Raises:
-            RuntimeError: the head does not answer.
-        """
-        found = self._gcs.internal_kv_keys(prefix.encode(), KEPT, timeout=TIMEOUT_S)
-        return sorted(key.decode() for key in found)
 
 
 _Shape = tuple[frozenset[tuple[str, float]], frozenset[tuple[str, str]]]

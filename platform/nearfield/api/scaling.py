@@ -17,6 +17,8 @@ from pydantic import TypeAdapter
 
 SCALING_PATH = f"{AGENT_PREFIX}/scaling"
 """Of a region: its agent answers."""
+NAMESPACE = b"nearfield"
+"""Of everything that is kept in the head's key-value store."""
 KEY = "scaling/told/"
 """Where a model's document is kept, before its name."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from nearfield.cli.deploy import failure, state_of
 from nearfield.cli.region import Region
+from nearfield.core.scaling import SCALING_POLICY
 from nearfield.core.serve_config import MODEL_BUILDER
 
 
@@ -18,6 +19,7 @@ class Model:
         endpoint: its base URL, None without a route.
         replicas: those that run, of `replicas_wanted`.
         state: starting, running, failed or stopping; `reason` says why it failed.
+        scaled: by nearfield's policy.
     """
 
     application: str
@@ -30,6 +32,7 @@ class Model:
     replicas_wanted: int
     state: str
     reason: str | None
+    scaled: bool
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,7 +72,14 @@ def _model(region: Region, app: dict[str, Any]) -> Model:
         replicas_wanted=sum(item.get("target_num_replicas") or 0 for item in deployments),
         state=state_of(app),
         reason=failure(app),
+        scaled=any(map(_scaled, deployments)),
     )
+
+
+def _scaled(deployment: dict[str, Any]) -> bool:
+    config = deployment.get("deployment_config") or {}
+    policy = (config.get("autoscaling_config") or {}).get("policy") or {}
+    return policy.get("policy_function") == SCALING_POLICY
 
 
 def _engine(engine: Any) -> str | None:

@@ -129,6 +129,11 @@ class Region:
         return f"http://127.0.0.1:{self.state.ports.dashboard}"
 
     @property
+    def gcs_address(self) -> str:
+        """Where Ray's head answers."""
+        return f"127.0.0.1:{self.state.ports.gcs}"
+
+    @property
     def logs_dir(self) -> Path:
         """Ray's and Serve's logs while the region runs; afterwards they are in `root/logs`."""
         return Path(self.state.runtime_dir) / "ray" / "session_latest" / "logs"

@@ -1,4 +1,5 @@
-"""The region's agent: tells gateways where every replica is, within a second of a change.
+"""The region's agent: tells gateways where every replica is, within a second of a change, and how
+the models were scaled, and why.
 
     applications:
       - name: nearfield-agent
@@ -17,10 +18,15 @@ import json
 import logging
 import os
 import time
+from collections.abc import Awaitable, Callable
+from functools import cached_property
 
+import ray
 from nearfield.api.error_bodies import openai_error
-from nearfield.api.load import TARGETS_PATH, Application, Targets
+from nearfield.api.load import AGENT_PREFIX, TARGETS_PATH, Application, Targets
+from nearfield.api.scaling import SCALING_PATH
 from nearfield.control.entry import Entry
+from nearfield.control.scaling import Decisions
 from nearfield.control.targets import Controller
 from nearfield.core.errors import NearfieldError, Unavailable
 from nearfield.core.settings import Settings
@@ -53,21 +59,33 @@ class Agent:
 
     async def __serve_build_asgi_app__(self) -> Router:
         self._polling = asyncio.create_task(self._poll())
-        path = TARGETS_PATH.removeprefix("/-/nearfield")
-        return Router([Route(path, self.targets)], redirect_slashes=False)
+        routes = {TARGETS_PATH: self.targets, SCALING_PATH: self.scaling}
+        return Router(
+            [
+                Route(path.removeprefix(AGENT_PREFIX), _answering(self._entry, page))
+                for path, page in routes.items()
+            ],
+            redirect_slashes=False,
+        )
 
-    async def targets(self, request: Request) -> Response:
+    async def targets(self) -> object:
+        """A `Targets`."""
+        if self._known_s is None:
+            raise Unavailable("The controller has not answered yet.", retry_after_s=1.0)
+        return Targets(self._applications, time.monotonic() - self._known_s).to_json()
+
+    async def scaling(self) -> object:
+        """The last decision for each model that scales: `ModelScaling`s."""
+        names = {app.name for app in self._applications}
         try:
-            self._entry.admit(
-                request.headers.get("x-nearfield-passport"), request.headers.get("authorization")
-            )
-            if self._known_s is None:
-                raise Unavailable("The controller has not answered yet.", retry_after_s=1.0)
-        except NearfieldError as error:
-            body = json.dumps(openai_error(error))
-            return Response(body, error.status, media_type="application/json")
-        known = Targets(self._applications, time.monotonic() - self._known_s)
-        return Response(json.dumps(known.to_json()), media_type="application/json")
+            found = await asyncio.to_thread(self._decisions.read, names)
+        except RuntimeError as error:
+            raise Unavailable(f"The head does not answer: {error}", retry_after_s=1.0) from None
+        return [model.shown() for model in found]
+
+    @cached_property
+    def _decisions(self) -> Decisions:
+        return Decisions(ray.get_runtime_context().gcs_address)
 
     async def _poll(self) -> None:
         controller = Controller()
@@ -80,6 +98,25 @@ class Agent:
             except (RayError, ValueError, TimeoutError) as error:
                 log.warning("the controller does not answer: %s", type(error).__name__)
             await asyncio.sleep(max(0.0, PERIOD_S - (time.monotonic() - began_s)))
+
+
+Page = Callable[[], Awaitable[object]]
+
+
+def _answering(entry: Entry, page: Page) -> Callable[[Request], Awaitable[Response]]:
+    """The page as JSON, for those who may ask."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            entry.admit(
+                request.headers.get("x-nearfield-passport"), request.headers.get("authorization")
+            )
+            found, status = await page(), 200
+        except NearfieldError as error:
+            found, status = openai_error(error), error.status
+        return Response(json.dumps(found), status, media_type="application/json")
+
+    return answer
 
 
 app = Agent.bind()  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +23,10 @@ from nearfield.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from nearfield.api.scaling import ModelScaling
     from nearfield.cli.members import Member
     from nearfield.cli.models import Model
+    from nearfield.cli.region import Region
 
 
 @click.command
@@ -52,7 +55,7 @@ def models(root: Path, as_json: bool) -> int:
 @region_option
 @json_option
 def status(root: Path, as_json: bool) -> int:
-    """Show the region: where it answers, its models, why one is not ready, what it costs.
+    """Show the region: where it answers, its models, why one is not ready, why it scaled so.
 
     Where several run, all of them with their gateways; or one.
 
@@ -90,6 +93,7 @@ def _show_one(root: Path, *, as_json: bool, gateway: dict[str, Any] | None) -> i
 
     running = region.find(root)
     found = listing.listed(running)
+    scaling = _scaling(running, [model.application for model in found if model.scaled])
     members = processes.of_region(running.state.region_id)
     memory_bytes = processes.memory_bytes(members)
     uptime_s = time.time() - running.state.started_unix_s
@@ -106,7 +110,11 @@ def _show_one(root: Path, *, as_json: bool, gateway: dict[str, Any] | None) -> i
             "processes": len(members),
             "memory_bytes": memory_bytes,
         }
-        document = {"region": about, "models": [model.to_json() for model in found]}
+        document = {
+            "region": about,
+            "models": [model.to_json() for model in found],
+            "scaling": [model.shown() for model in scaling],
+        }
         print_json(document if gateway is None else {**document, "gateway": gateway})
     else:
         memory = "" if memory_bytes is None else f", {memory_bytes / 2**20:.0f} MiB"
@@ -126,6 +134,7 @@ def _show_one(root: Path, *, as_json: bool, gateway: dict[str, Any] | None) -> i
         )
         click.echo()
         _print_models(found)
+        _print_scaling(scaling)
     for model in found:
         if model.reason:
             failed(f"{model.application}: {model.reason}")
@@ -138,3 +147,31 @@ def _print_models(found: Sequence[Model]) -> None:
         return
     headers = ("MODEL", "VERSION", "ENGINE", "SOURCE", "REPLICAS", "STATE", "ENDPOINT")
     print_table(headers, [model.cells() for model in found])
+
+
+def _scaling(running: Region, applications: Sequence[str]) -> Sequence[ModelScaling]:
+    """The last decisions for these applications; none where the head does not answer."""
+    if not applications:
+        return ()
+    # Ray is told with whom it talks by its environment.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(running.token_file)}
+    from nearfield.control.scaling import Decisions
+
+    try:
+        return Decisions(running.gcs_address).read(applications)
+    except RuntimeError as error:
+        failed(f"how the models were scaled is not known: {error}")
+        return ()
+
+
+def _print_scaling(scaling: Sequence[ModelScaling]) -> None:
+    if not scaling:
+        return
+    now_s = time.time()
+    rows = [
+        (model.model, pool.pool, str(pool.replicas), duration(now_s - pool.since_s), pool.reason)
+        for model in scaling
+        for pool in model.pools
+    ]
+    click.echo()
+    print_table(("SCALED", "POOL", "TO", "SINCE", "WHY"), rows)

@@ -159,15 +159,10 @@ def test_a_pool_whose_first_replica_finds_no_machine_is_replaced_at_once() -> No
     assert counts == {"spot": 1, "on-demand": 1}
 
 
-def test_spot_is_spread_over_zones_with_a_spare() -> None:
+def test_spot_is_spread_over_zones() -> None:
     zones = [PoolSpec(z, kind="spot", zone=z, max_replicas=9, boot_s=600.0) for z in "abc"]
-    made = world(*zones, boot_s=600.0).run(1500, 60.0)
-    counts = made.counts()
+    counts = world(*zones, boot_s=600.0).run(1500, 60.0).counts()
     assert max(counts.values()) - min(counts.values()) <= 1
-    alone = [PoolSpec("a", max_replicas=20, boot_s=600.0)]
-    steady = world(*alone, boot_s=600.0).run(1500, 60.0)
-    lost = [replace(alone[0], kind="spot")]
-    assert world(*lost, boot_s=600.0).run(1500, 60.0).total > steady.total  # the spare
 
 
 def test_noticed_replicas_are_drained_first_and_replaced() -> None:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 STAYS_S = 1800.0
 """Over how long a boot is written off when pools are compared."""
+STRIDES = 16
+"""Spares are tried in steps of so many parts of what is needed, where replicas are many."""
 SAME_PRICE = 1.15
 """Spot pools whose work costs the same within this ratio are zones of one: spread over."""
 
@@ -22,6 +24,8 @@ class Offer(NamedTuple):
     Attributes:
         work_s: work a second of one replica, above 0. usd: price of one, an hour.
         have: replicas that run or start. least, most: how many it may have.
+        exposed_usd: what each that is not safe adds to the price.
+        share: of its zone, which goes at once. zones: over so many they are spread.
     """
 
     work_s: float
@@ -30,6 +34,9 @@ class Offer(NamedTuple):
     least: int
     most: int
     boot_s: float
+    exposed_usd: float = 0.0
+    share: float = 1.0
+    zones: int = 1
 
 
 class _Tier(NamedTuple):
@@ -42,19 +49,64 @@ class _Tier(NamedTuple):
 def cover(work_s: float, offers: tuple[Offer, ...]) -> tuple[int, ...]:
     """Replicas of each pool that together do `work_s`, at the least price; all there are if it is
     too much. Equally cheap ones: the first."""
+    return _cover(work_s, offers, math.inf)[1]
+
+
+def hedged(work_s: float, offers: tuple[Offer, ...]) -> tuple[int, ...]:
+    """Replicas of each pool that together do `work_s`, and more where that is cheaper than to be
+    exposed to losses."""
+    if not any(offer.exposed_usd for offer in offers):
+        return cover(work_s, offers)
+    # Price is convex in the spare: the search ends where it has risen twice.
+    stride = min(offer.work_s for offer in offers)
+    stride *= max(1, round(work_s / stride / STRIDES))
+    best_usd, best, risen, spare_s = math.inf, (), 0, 0.0
+    while risen < 2 and spare_s <= work_s:
+        usd, counts = _cover(work_s + spare_s, offers, spare_s)
+        if usd < best_usd - _TINY:
+            best_usd, best, risen = usd, counts, 0
+        else:
+            risen += 1
+        spare_s += stride
+    return best
+
+
+def _cover(
+    work_s: float, offers: tuple[Offer, ...], spare_s: float
+) -> tuple[float, tuple[int, ...]]:
+    """Price and replicas. spare_s: work a second that may be lost."""
     counts = [offer.least for offer in offers]
     rest = work_s - sum(offer.work_s * offer.least for offer in offers)
     tiers = []
     for pool, offer in enumerate(offers):
-        stay = max(0, min(offer.have, offer.most) - offer.least)
-        come = max(0, offer.most - offer.least - stay)
-        tiers.append(_Tier(pool, offer.work_s, offer.usd, stay))
-        new_usd = offer.usd * (1.0 + offer.boot_s / STAYS_S)
-        tiers.append(_Tier(pool, offer.work_s, new_usd, come))
+        safe = _safe(offer, spare_s)
+        at = offer.least
+        for until in sorted({min(offer.most, max(at, end)) for end in (offer.have, safe)}):
+            tiers.append(_tier(pool, offer, at, until, safe))
+            at = until
+        tiers.append(_tier(pool, offer, at, offer.most, safe))
     tiers = sorted((t for t in tiers if t.room), key=lambda t: (t.usd / t.work_s, t.pool))
     for tier, count in _cheapest(rest, tiers, 0, math.inf)[1]:
         counts[tier] += count
-    return tuple(_trimmed(work_s, offers, counts))
+    counts = _trimmed(work_s, offers, counts)
+    usd = 0.0
+    for offer, count in zip(offers, counts, strict=True):
+        usd += offer.usd * (count + max(0, count - offer.have) * offer.boot_s / STAYS_S)
+        usd += offer.exposed_usd * max(0, count - _safe(offer, spare_s))
+    return usd, tuple(counts)
+
+
+def _safe(offer: Offer, spare_s: float) -> int:
+    """How many replicas the others could do without."""
+    if not offer.exposed_usd or math.isinf(spare_s):
+        return offer.most
+    return int(offer.zones * max(0.0, spare_s) / (offer.share * offer.work_s) + _TINY)
+
+
+def _tier(pool: int, offer: Offer, at: int, until: int, safe: int) -> _Tier:
+    """The replicas from `at` to `until`, which are alike."""
+    usd = offer.usd * (1.0 + offer.boot_s / STAYS_S) if until > offer.have else offer.usd
+    return _Tier(pool, offer.work_s, usd + (offer.exposed_usd if until > safe else 0.0), until - at)
 
 
 def _trimmed(work_s: float, offers: tuple[Offer, ...], counts: list[int]) -> list[int]:

@@ -68,9 +68,10 @@ class PoolSignals:
             to its serving, seconds.
         usd_per_hour: price of one replica now. `NO_DATA`: the spec's.
         notices: running replicas that will be taken back. They are in `running`.
-        lost: replicas that were taken back since the last step, noticed or not.
-        refused: launches that failed since the last step for want of capacity. They are not in
-            `starting` any more.
+        lost: running replicas that their cloud began to take back since the last step: they got a
+            notice, or were gone without one.
+        refused: launches that failed since the last step for want of capacity, or were taken back
+            before they served. They are not in `starting` any more.
     """
 
     name: str

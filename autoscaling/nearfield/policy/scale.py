@@ -67,6 +67,10 @@ DRAIN_S = 20.0
 """A backlog is to be gone so long after the replicas asked for now serve."""
 REACT_S = 5.0
 """Added to a boot: what passes until a change is seen."""
+OUTAGES = 0.5
+"""Share of the allowed lateness that losses of spot capacity may spend."""
+STEEP = (0.5, 4.0)
+"""Bounds of how many of the requests are late for each part of the load that finds no capacity."""
 WARM_BINS = 3
 """Bins that must be full before rates are believed."""
 VERSION = 1
@@ -161,6 +165,9 @@ class _Wanted(NamedTuple):
     """Of one group: capacity in work a second, why, and the numbers.
 
     None: as it was, and at least `replicas` together.
+
+    Attributes:
+        missing_usd: price of a unit of it that is missing, an hour.
     """
 
     work_s: float | None
@@ -169,6 +176,7 @@ class _Wanted(NamedTuple):
     may_fall: bool
     awake: bool
     replicas: int = 0
+    missing_usd: float = 0.0
 
 
 def step(signals: Signals, state: State, spec: ScalingSpec) -> tuple[Decision, State]:
@@ -228,7 +236,9 @@ def _member(
 
 def _compared(members: list[_Member]) -> list[_Member]:
     """The members with a speed each, if that of any is known: a pool that never ran is taken to be
-    as fast as that one, for each request it should have at once."""
+    as fast as that one, for each request it should have at once. Pools whose specs say that they
+    are equally fast are measured together: nothing is moved between zones for noise."""
+    members = [_pooled(m, members) for m in members]
     known = next((m for m in members if m.work_s is not NO_DATA), None)
     if known is None or known.work_s is NO_DATA:
         return members
@@ -237,6 +247,18 @@ def _compared(members: list[_Member]) -> list[_Member]:
         m._replace(work_s=per_request * m.spec.target_ongoing) if m.work_s is NO_DATA else m
         for m in members
     ]
+
+
+def _pooled(member: _Member, members: list[_Member]) -> _Member:
+    declared = member.spec.work_s
+    if declared is NO_DATA:
+        return member
+    alike = [m for m in members if m.spec.work_s == declared and m.good > 0]
+    replicas = sum(m.good for m in alike)
+    if not replicas:
+        return member
+    work_s = math.fsum(m.good * m.work_s for m in alike if m.work_s is not NO_DATA)
+    return member._replace(work_s=work_s / replicas)
 
 
 # ---- how much -----------------------------------------------------------------------------------
@@ -317,7 +339,9 @@ def _want(
         why += f"; {catch_up:.3g} to catch up with a backlog of {backlog:.3g}"
     if held > max(enough.amount, catch_up):
         why += f"; {held:.3g} was wanted within {hold_s:.0f} s"
-    return group, _Wanted(held, why, terms, may_fall=not panic, awake=True)
+    dearest = max(m.usd / m.work_s for m in members if m.work_s is not NO_DATA)
+    missing_usd = outlook.late_price * dearest * _steepness(held, enough.expected)
+    return group, _Wanted(held, why, terms, not panic, awake=True, missing_usd=missing_usd)
 
 
 def _dark(member: _Member, has_work: bool) -> bool:
@@ -362,6 +386,13 @@ def _by_concurrency(members: list[_Member], ongoing: float, awake: bool) -> _Wan
     terms = {"ongoing": ongoing, "needed": float(needed)}
     why += "; its speed is not known yet"
     return _Wanted(None, why, terms, may_fall=False, awake=True, replicas=needed)
+
+
+def _steepness(capacity: float, expected: float) -> float:
+    """How many of the requests are late for each part of `expected` that capacity falls short:
+    nobody where it is all there, and half of them where there is what is expected and no more."""
+    headroom = capacity / max(expected, TINY) - 1.0
+    return min(STEEP[1], max(STEEP[0], 0.5 / max(headroom, TINY)))
 
 
 def _backlog(
@@ -414,10 +445,10 @@ def _place(
             counts[pool.name] = max(pool.min_replicas, min(pool.max_replicas, count + more))
             notes[pool.name] = f"{counts[pool.name]}: {wanted.why}"
         return
-    offers = [_offer(m, now_s) for m in members]
+    offers = [_offer(m, wanted.missing_usd, spec.max_late, now_s) for m in members]
     # However little is wanted, somebody must be there.
     goal = max(wanted.work_s, 0.5 * min(o.work_s for o in offers))
-    chosen = _bought(members, offers, goal, spec.max_late)
+    chosen = _bought(members, offers, goal)
     kept = _kept(members, goal, chosen)
     for i, member in enumerate(members):
         pool, count, why = member.spec, chosen[i] + kept[i], wanted.why
@@ -447,17 +478,32 @@ def _most(member: _Member, now_s: float) -> int:
     return max(most, member.spec.min_replicas)
 
 
-def _offer(member: _Member, now_s: float) -> mix.Offer:
-    """What one pool can give now."""
-    pool = member.spec
+def _offer(member: _Member, missing_usd: float, max_late: float, now_s: float) -> mix.Offer:
+    """What one pool can give now, and what it costs that spot capacity is missing at times: more
+    than in proportion where that alone would spend the lateness that is allowed."""
+    pool, trust = member.spec, member.pool.trust
     assert member.work_s is not NO_DATA
     most = _most(member, now_s)
     have = min(member.good + member.coming, most)
-    return mix.Offer(member.work_s, member.usd, have, pool.min_replicas, most, member.boot_s)
+    exposed_usd = 0.0
+    if pool.kind == "spot":
+        missing = trust.missing(member.boot_s + REACT_S)
+        exposed_usd = missing_usd * member.work_s * missing
+        exposed_usd *= max(1.0, missing / (OUTAGES * max_late))
+    return mix.Offer(
+        member.work_s,
+        member.usd,
+        have,
+        pool.min_replicas,
+        most,
+        member.boot_s,
+        exposed_usd,
+        trust.share,
+    )
 
 
-def _bought(members: list[_Member], offers: list[mix.Offer], goal: float, risk: float) -> list[int]:
-    """Replicas of each pool: the cheapest mix, zones as one, spares added and spread."""
+def _bought(members: list[_Member], offers: list[mix.Offer], goal: float) -> list[int]:
+    """Replicas of each pool: the cheapest mix, zones of one price as one, and spread over them."""
     zones: list[list[int]] = []
     for i, member in enumerate(members):
         for zone in zones:
@@ -469,10 +515,7 @@ def _bought(members: list[_Member], offers: list[mix.Offer], goal: float, risk: 
             zones.append([i])
     joined = tuple(_joined([offers[i] for i in zone]) for zone in zones)
     counts = [0] * len(members)
-    for zone, offer, total in zip(zones, joined, mix.cover(goal, joined), strict=True):
-        if members[zone[0]].spec.kind == "spot":
-            worst = max((members[i].pool.trust for i in zone), key=lambda t: t.losses_per_hour)
-            total = min(offer.most, total + spot.spares(total, worst, offer.boot_s, risk))
+    for zone, offer, total in zip(zones, joined, mix.hedged(goal, joined), strict=True):
         if len(zone) == 1:
             counts[zone[0]] = total
             continue
@@ -489,6 +532,7 @@ def _bought(members: list[_Member], offers: list[mix.Offer], goal: float, risk: 
 
 def _joined(zone: list[mix.Offer]) -> mix.Offer:
     count = len(zone)
+    open_ = [o for o in zone if o.most] or zone
     return mix.Offer(
         work_s=min(o.work_s for o in zone),
         usd=math.fsum(o.usd for o in zone) / count,
@@ -496,6 +540,9 @@ def _joined(zone: list[mix.Offer]) -> mix.Offer:
         least=sum(o.least for o in zone),
         most=sum(o.most for o in zone),
         boot_s=max(o.boot_s for o in zone),
+        exposed_usd=math.fsum(o.exposed_usd for o in open_) / len(open_),
+        share=math.fsum(o.share for o in open_) / len(open_),
+        zones=len(open_),
     )
 
 

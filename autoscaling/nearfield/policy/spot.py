@@ -3,7 +3,9 @@
 After SkyServe's SpotHedge (Mao et al., "SkyServe: Serving AI Models across Regions and Clouds with
 Spot Instances", EuroSys 2025): spread over zones, have some replicas more than needed, and let
 on-demand take over what spot does not deliver, for as long as it does not. Here the number of
-spares is not a constant: it follows from how often replicas were lost and how long a boot takes.
+spares is not a constant. What goes, goes together: a zone's capacity is taken back at once. So what
+is learnt of a zone is how often that happens and how much of it goes; `mix` weighs spares, other
+zones and on-demand capacity against the lateness of those whom a loss leaves without a replica.
 """
 
 from __future__ import annotations
@@ -11,11 +13,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-PRIOR_LOST, PRIOR_HOURS = 0.5, 10.0
-"""Before any history: one loss in twenty replica-hours."""
-MEMORY_HOURS = 200.0
-"""Replica-hours after which history fades."""
-BUNCH_GAIN = 0.2
+PRIOR_LOSSES, PRIOR_HOURS, PRIOR_SHARE = 0.5, 10.0, 0.5
+"""Before any history: once in twenty hours half of what a zone has is taken back."""
+MEMORY_HOURS = 48.0
+"""Hours of use after which history fades."""
 BACKOFF_S = (30.0, 900.0)
 """How long a pool that refused a launch is let be: at first, and at most; doubled in between."""
 OVERDUE, OVERDUE_S = 2.0, 30.0
@@ -26,14 +27,15 @@ class Trust(NamedTuple):
     """What one pool's capacity did so far. `Trust()` is a pool nobody has tried.
 
     Attributes:
-        lost, hours: replicas taken back, in so many replica-hours.
-        bunch: how many go at once.
+        losses, hours: how often something was taken back, in so many hours in which something ran.
+        share: of those there were, which go at once. ran: how many there were.
         blocked_s: until when no more are asked for. backoff_s: for how long, if it refuses again.
     """
 
-    lost: float = 0.0
+    losses: float = 0.0
     hours: float = 0.0
-    bunch: float = 1.0
+    share: float = PRIOR_SHARE
+    ran: int = 0
     blocked_s: float = -math.inf
     backoff_s: float = 0.0
 
@@ -53,49 +55,35 @@ class Trust(NamedTuple):
             refused: a launch failed, or a replica is overdue.
             booted: a replica came up.
         """
-        all_lost, hours, bunch = (
-            self.lost + lost,
-            self.hours + running * elapsed_s / 3600.0,
-            self.bunch,
-        )
-        if hours > MEMORY_HOURS:
-            all_lost, hours = all_lost * MEMORY_HOURS / hours, MEMORY_HOURS
+        losses, hours, share = self.losses, self.hours, self.share
+        if self.ran:
+            hours += elapsed_s / 3600.0
         if lost:
-            bunch += BUNCH_GAIN * (lost - bunch)
+            losses += 1.0
+            share += (min(1.0, lost / max(1, self.ran)) - share) / (losses + PRIOR_LOSSES)
+        if hours > MEMORY_HOURS:
+            losses, hours = losses * MEMORY_HOURS / hours, MEMORY_HOURS
         blocked_s, backoff_s = self.blocked_s, self.backoff_s
         if booted:
             blocked_s, backoff_s = -math.inf, 0.0
         if refused and now_s >= blocked_s:
             backoff_s = min(BACKOFF_S[1], max(BACKOFF_S[0], 2.0 * backoff_s))
             blocked_s = now_s + backoff_s
-        return Trust(all_lost, hours, bunch, blocked_s, backoff_s)
+        return Trust(losses, hours, share, running, blocked_s, backoff_s)
 
     @property
     def losses_per_hour(self) -> float:
-        """Of one replica."""
-        return (self.lost + PRIOR_LOST) / (self.hours + PRIOR_HOURS)
+        """Of the zone, however many replicas go at once."""
+        return (self.losses + PRIOR_LOSSES) / (self.hours + PRIOR_HOURS)
+
+    def missing(self, boot_s: float) -> float:
+        """Share of the zone's capacity that is missing in the mean, where a boot takes so long."""
+        return min(1.0, self.losses_per_hour * boot_s / 3600.0) * self.share
 
 
 def overdue(age_s: float, boot_s: float) -> bool:
     """Whether a replica has been starting for so long that it must be waiting for a machine."""
     return age_s > OVERDUE * boot_s + OVERDUE_S
-
-
-def spares(replicas: int, trust: Trust, boot_s: float, risk: float) -> int:
-    """How many more to have, so that losses during one boot exceed them with this probability.
-
-    Losses are taken as a Poisson process of bunches.
-    """
-    if replicas <= 0:
-        return 0
-    mean = replicas * trust.losses_per_hour / trust.bunch * boot_s / 3600.0
-    term = total = math.exp(-mean)
-    bunches = 0
-    while 1.0 - total > risk and bunches < replicas:
-        bunches += 1
-        term *= mean / bunches
-        total += term
-    return min(replicas, math.ceil(bunches * trust.bunch))
 
 
 def spread(

@@ -37,8 +37,9 @@ NOTICED_S = 30.0
 SPEEDS_S = 1.0
 """How often a gateway reckons the speed of replicas anew."""
 WATCH_S = 1.0
-DETOURS = 4
-"""Replicas tried in place of one that has reached its limit."""
+TRIES = 5
+"""Replicas that are tried where each has reached its limit, as `edge.limiter` does (its DETOURS and
+the first one): then the request is refused, whatever else there is."""
 AHEAD = 20_000
 """Requests that are drawn ahead, about: few enough to hold, many enough to be quick."""
 LONGEST_S = 60.0
@@ -52,6 +53,7 @@ class EventWorld(World):
         super().__init__(*args, **options)
         self.lanes = [Lane(pool) for pool in self.pools]
         self._connecting: dict[Request, Pool] = {}
+        self._tries = 0  # left to the request that looks for a replica
 
     # ---- the clock ------------------------------------------------------------------------------
 
@@ -112,6 +114,7 @@ class EventWorld(World):
             self._fail(request, "refused", found.filter)
             return
         number = found.candidate.state.number
+        self._tries = TRIES
         if not self._send(request, self.lanes[number]):
             pool = self.pools[number]
             pool.arrivals += 1
@@ -160,7 +163,7 @@ class EventWorld(World):
             self.refresh(lane.pool)
         open_ = lane.places
         criticality = request.source.criticality
-        for _ in range(DETOURS):
+        while self._tries:
             choice = choose(
                 open_,
                 lane.own,
@@ -176,6 +179,7 @@ class EventWorld(World):
             mine = lane.own[number]
             if mine < replica.rooms[criticality]:
                 break
+            self._tries -= 1
             open_ = tuple(place for place in open_ if place.number != number)
         else:
             return False
@@ -197,6 +201,8 @@ class EventWorld(World):
         """
         gateway, now_s = request.gateway, self.now_s
         reason = "full"
+        if cause is not None:
+            self._tries = TRIES
         if gateway.alive:
             if now_s >= gateway.due_s:
                 self.poll(gateway)
@@ -206,6 +212,9 @@ class EventWorld(World):
             for candidate in alternatives(
                 plan, gateway.own, tried=() if tried is None else (tried,)
             ):
+                if not self._tries:
+                    reason = "overloaded"
+                    break
                 pool = self.pools[candidate.state.number]
                 crosses = request.region not in ("", pool.endpoint.region)
                 if cause is not None:
@@ -341,6 +350,7 @@ class EventWorld(World):
             if request.deadline_s < self.now_s:
                 self._too_late(pending.popleft())
                 continue
+            self._tries = TRIES
             if not self._place(request, lane):
                 return
             pending.popleft()

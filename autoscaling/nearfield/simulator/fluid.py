@@ -33,6 +33,7 @@ from nearfield.policy.limit import WINDOW_S, Window, comparable_s
 from nearfield.policy.route import alternatives, pick
 from nearfield.simulator.arrivals import Tick
 from nearfield.simulator.books import InvariantError
+from nearfield.simulator.events import TRIES
 from nearfield.simulator.fleet import Pool, Replica
 from nearfield.simulator.flow import (
     HALVES,
@@ -182,19 +183,23 @@ class FluidWorld(World):
             self._hear(gateway, health.Failed(pool.endpoint.region, "no connection"))
             return packet
         most = pool.timing.slots + pool.timing.max_queued
+        shed = False
         if pool.ready:
-            most = min(most, flow.limit.room(source.criticality))
+            limit = flow.limit.room(source.criticality)
+            shed = limit < most and pool.ready >= TRIES
+            most = min(most, limit)
         room = int(max(1, pool.ready) * most - flow.seen)
-        if room <= 0:
-            pool.arrivals += packet.count
-            pool.late += packet.count
-            return packet
         left: Packet | None = None
         if packet.count > room:
-            left = packet.part(packet.count - room)
+            left = packet if room <= 0 else packet.part(packet.count - room)
             pool.arrivals += left.count
             pool.late += left.count
+            if shed:
+                self._fail(left, left.count, "refused", "overloaded")
+            if room <= 0:
+                return None if shed else left
             packet.count = room
+            left = None if shed else left
         count = packet.count
         packet.rtt_s = gateway.rtts_s[pool.number] + source.way_s + pool.timing.request_s
         gateway.own[pool.number] += count

@@ -158,3 +158,14 @@ def test_spot_capacity_is_never_exceeded_and_notices_come_first(mode: str, tmp_p
     pool = result["pools"][0]
     assert pool["launched"] == 3
     assert result["cost"]["usd_by_capacity"]["on_demand"] == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_recorded_price_is_paid_from_its_time_on(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text("zone,t_s,usd_per_hour\na,0,3.6\na,130,7.2\nb,0,99\n")
+    prices = {"file": str(path), "where": {"zone": "a"}, "offset_s": 100}
+    usd, steady_usd = (
+        run(mode, faults=[], **more)["cost"]["usd"] for more in ({"prices": prices}, {})
+    )
+    assert usd == pytest.approx(1.5 * steady_usd)

@@ -189,6 +189,11 @@ class Pool:
             self.usd += self.present * passed_s * self.price_usd_s
             self._since_s = now_s
 
+    def reprice(self, usd_per_hour: float, now_s: float) -> None:
+        """A replica costs so much from now on."""
+        self.accrue(now_s)
+        self.price_usd_s = usd_per_hour / 3600
+
     def to(self, replica: Replica, stage: Stage, now_s: float) -> None:
         """Change a replica's stage."""
         self.accrue(now_s)
@@ -286,7 +291,7 @@ class Pool:
             replica_work_s=self.replica_work_s if tokens else NO_DATA,
             queue_age_s=self.queue_age_s,
             boots_s=tuple(self.boots_s),
-            usd_per_hour=self.spec.usd_per_hour,
+            usd_per_hour=3600 * self.price_usd_s,
             notices=notices,
             lost=self.lost,
             refused=self.refusals,

@@ -140,6 +140,16 @@ class Spot(Strict):
     notice_s: NotNegative = Field(30.0, description="warning before a replica is taken")
 
 
+class Prices(Strict):
+    """A recorded price over time, which stands in for `usd_per_hour` from its first row on."""
+
+    file: str = Field(min_length=1, description="CSV, relative to the scenario; .gz as well")
+    time: str = Field("t_s", description="the column of the time, seconds")
+    price: str = Field("usd_per_hour", description="the column of the price of one replica")
+    where: dict[str, str] = Field({}, description="only rows with these values")
+    offset_s: NotNegative = Field(0.0, description="where in the file the simulation starts")
+
+
 class Pool(Strict):
     """Replicas of one model on one engine and kind of capacity, in some regions."""
 
@@ -151,6 +161,7 @@ class Pool(Strict):
     zone: str = ""
     products: list[Name] | None = Field(None, min_length=1, description="absent: everybody's")
     usd_per_hour: NotNegative
+    prices: Prices | None = Field(None, description="absent: the price does not change")
     unit_usd: NotNegative = Field(0.0, description="what economy callers compare")
     handicap_ms: NotNegative = 0.0
     min_replicas: int = Field(0, ge=0)
@@ -468,6 +479,8 @@ def files(scenario: Scenario) -> Iterator[tuple[At, str]]:
     for i, pool in enumerate(scenario.pools):
         if isinstance(pool.boot, Recorded):
             yield ("pools", i, "boot", "file"), pool.boot.file
+        if pool.prices is not None:
+            yield ("pools", i, "prices", "file"), pool.prices.file
         if pool.spot is not None and pool.spot.file is not None:
             yield ("pools", i, "spot", "file"), pool.spot.file
     for i, traffic in enumerate(scenario.traffic):

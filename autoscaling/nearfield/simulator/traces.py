@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 from nearfield.core.errors import BadRequest
 
 if TYPE_CHECKING:
-    from nearfield.simulator.scenario import Recorded, Scenario, Spot
+    from nearfield.simulator.scenario import Prices, Recorded, Scenario, Spot
 
 QUANTILES = (0.01, 0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95, 0.99)
 QUANTILE_COLUMNS = ("p1", "p5", "p10", "p25", "p50", "p75", "p90", "p95", "p99")
@@ -124,6 +124,20 @@ def spot_changes(spot: Spot, folder: Path) -> list[tuple[float, int]]:
     changes = sorted(next(iter(found.values())))
     started = [replicas for at_s, replicas in changes if at_s <= 0]
     return [(0.0, started[-1] if started else 0), *(c for c in changes if c[0] > 0)]
+
+
+def price_changes(prices: Prices, folder: Path) -> list[tuple[float, float]]:
+    """(when, price of a replica from then on), from the simulation's start."""
+    path = folder / prices.file
+    changes = sorted(
+        (number(path, row, prices.time) - prices.offset_s, number(path, row, prices.price))
+        for row in rows(path, (prices.time, prices.price, *prices.where))
+        if all(row[column] == wanted for column, wanted in prices.where.items())
+    )
+    if not changes:
+        raise TraceError(f"{path.name} has no row with {prices.where}", "change `where`")
+    before = [(0.0, usd) for at_s, usd in changes if at_s <= 0]
+    return before[-1:] + [change for change in changes if change[0] > 0]
 
 
 # ---- traffic -------------------------------------------------------------------------------------

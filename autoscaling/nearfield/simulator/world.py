@@ -36,7 +36,7 @@ from nearfield.simulator.parts import (
     make_scalers,
     make_sources,
 )
-from nearfield.simulator.traces import distances, spot_changes
+from nearfield.simulator.traces import distances, price_changes, spot_changes
 
 POLL_S = (0.8, 1.2)
 """A gateway's polls, spread as `policy.health` spreads its probes."""
@@ -115,6 +115,12 @@ class World:
                         pool.capacity = replicas
                     elif at_s < self.end_s:
                         self.at(at_s, self._supply, (pool, replicas))
+            if pool.spec.prices is not None:
+                for at_s, usd_per_hour in price_changes(pool.spec.prices, self._folder):
+                    if at_s <= 0:
+                        pool.reprice(usd_per_hour, 0.0)
+                    elif at_s < self.end_s:
+                        self.at(at_s, self._reprice, (pool, usd_per_hour))
             pool.target = pool.initial
             for _ in range(int(min(pool.target, pool.capacity))):  # they run when it begins
                 replica = self._new_replica(pool)
@@ -268,7 +274,7 @@ class World:
                     f"{pool.endpoint.name}: a target of {target.replicas} is not within {bounds}"
                 )
             wanted = self._as_serve(scaler, pool, target.replicas)
-            forced_usd += max(0, wanted - target.replicas) * pool.spec.usd_per_hour
+            forced_usd += max(0, wanted - target.replicas) * 3600 * pool.price_usd_s
             if wanted != pool.target:
                 changed[target.name] = (pool.target, wanted)
             pool.target = wanted
@@ -292,7 +298,7 @@ class World:
                 if not self._launch(pool):
                     break
         bill_usd = usd(scaler.pools)
-        least_usd = sum(p.spec.min_replicas * p.spec.usd_per_hour for p in scaler.pools)
+        least_usd = sum(p.spec.min_replicas * 3600 * p.price_usd_s for p in scaler.pools)
         allowed_usd = max(scaler.spec.max_usd_per_hour, least_usd) + forced_usd
         if bill_usd > allowed_usd * (1 + 1e-9):
             raise InvariantError(
@@ -361,6 +367,10 @@ class World:
         if replica.stage != "gone":
             replica.pool.to(replica, "gone", self.now_s)
             self.vanished(replica)
+
+    def _reprice(self, about: tuple[Pool, float]) -> None:
+        pool, usd_per_hour = about
+        pool.reprice(usd_per_hour, self.now_s)
 
     # ---- spot -----------------------------------------------------------------------------------
 

@@ -183,6 +183,43 @@ def test_a_slice_is_called_as_google_calls_it() -> None:
     assert tpu_pod_type("v4", "2x2x2") == "v4-16"  # cores
 
 
+SLICED = """\
+applications:
+  - name: big
+    route_prefix: /big
+    import_path: nearfield.serving:app
+    args:
+      model: big
+      engine: nearfield.serving.engines.base:FunctionEngine
+      slice: {accelerator_type: TPU-V5LITEPOD, topology: 4x4}
+    deployments:
+      - name: replica
+        ray_actor_options: {resources: {TPU-v5litepod-16-head: 1}}
+"""
+
+
+def test_a_replica_with_a_slice_asks_for_its_first_host(tmp_path: Path) -> None:
+    kuberay = (ROOT / "cluster_configs" / "clusters" / "kuberay.yaml").read_text()
+    assert problems(tmp_path, SLICED, kuberay) == []
+    problem = only(problems(tmp_path, SLICED.replace("litepod-16", "litepod-32"), kuberay)[:1])
+    assert problem.field == "applications[0].args.slice"
+    assert "TPU-v5litepod-16-head: 1" in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ("4x4", "4x4x4", "have 2 dimensions"),
+        ("head: 1", "head: 1, TPU: 4", "does not go with slice"),
+        ("engine: nearfield.serving.engines.base:FunctionEngine", "engine: embed", "one host"),
+    ],
+)
+def test_what_is_wrong_with_a_slice(tmp_path: Path, before: str, after: str, says: str) -> None:
+    model = SLICED.replace(before, after).replace("embed", "embed\n      source: hf://a/b")
+    found = problems(tmp_path, model, CLUSTER.replace("GPU: 1}", "TPU-v5litepod-16-head: 1}"))
+    assert any(says in p.message for p in found), found
+
+
 def test_labels_that_only_a_running_tpu_host_has_are_not_missed() -> None:
     host = NodeType("tpu", {"CPU": 4, "TPU": 4}, {})
     assert host.lacks({"TPU": 4}, {"ray.io/tpu-topology": "2x2"}) == {}

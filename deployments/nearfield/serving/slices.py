@@ -1,8 +1,8 @@
 """A whole TPU slice for one replica, or none of it.
 
-The replica runs at the slice's first host, for `ray_actor_options.resources` asks for what each slice
-has once, `TPU-v5litepod-16-head: 1`: no second replica gets in. From there it reserves every chip of
-every host of this slice by name, through Ray's own TPU support (`ray.util.tpu`).
+The replica runs at the slice's first host: `ray_actor_options.resources` asks for what each slice
+has once, `TPU-v5litepod-16-head: 1`, so that no second replica gets in. From there it reserves
+every chip of every host of this slice by name, through Ray's own TPU support (`ray.util.tpu`).
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ class Reservation:
         deadline_s = time.monotonic() + wanted.wait_s
         name = _own_slice(wanted)
         hosts = _hosts(name, wanted, deadline_s)
+        chips = wanted.chips // len(hosts)
         self._placed = slice_placement_group(
             wanted.topology,
             wanted.accelerator_type,
+            chips_per_vm=chips,
             strategy="STRICT_SPREAD",
             bundle_label_selector=[{SLICE: name, WORKER: str(n)} for n in range(len(hosts))],
         )
@@ -49,12 +51,13 @@ class Reservation:
                 "must select ray.io/tpu-topology, so that they do not take a slice's.",
                 code="slice_in_use",
             ) from None
-        self.slice = Slice(name, tuple(hosts), wanted.chips // len(hosts), group.id.hex())
+        self.slice = Slice(name, tuple(hosts), chips, group.id.hex())
 
 
 def _own_slice(wanted: TpuSlice) -> str:
     here = ray.get_runtime_context().get_node_id()
-    name = next(n["Labels"].get(SLICE) for n in ray.nodes() if n["NodeID"] == here)
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    name = next(node["Labels"].get(SLICE) for node in nodes if node["NodeID"] == here)
     if not name:
         raise Unavailable(
             f"This replica is not on a TPU slice: ray_actor_options.resources must ask for "

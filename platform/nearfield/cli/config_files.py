@@ -100,10 +100,8 @@ def _check_surroundings(file: ConfigFile) -> Iterator[Problem]:
             )
             yield problem if level == "error" else _as_warning(problem)
         for finding in _check_selectors(app):
-            at = ("applications", index, *finding.path)
-            yield _as_warning(
-                located(file.name, file.document, dataclasses.replace(finding, path=at))
-            )
+            whole = dataclasses.replace(finding, path=("applications", index, *finding.path))
+            yield _as_warning(located(file.name, file.document, whole))
 
 
 def _check_selectors(app: Mapping[str, Any]) -> Iterator[Finding]:
@@ -213,7 +211,7 @@ def _check_cluster_with_ray(file: ConfigFile) -> Iterator[Problem]:
     """Ray's cluster launcher's own opinion; the operator of KubeRay has none before it runs."""
     if "available_node_types" not in file.document.value:
         return
-    from jsonschema import ValidationError
+    from jsonschema import ValidationError  # type: ignore[import-untyped]
     from nearfield.cli.ray_nodes import LAUNCHER
     from ray.autoscaler._private.util import prepare_config, validate_config
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ray._common.network_utils import build_address
+from ray._common.network_utils import build_address  # type: ignore[attr-defined]
 from ray._private.services import get_node_ip_address
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
 from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
@@ -31,8 +31,9 @@ class FakeNodes(FakeMultiNodeProvider):
     """
 
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
-        here = build_address(get_node_ip_address(), provider_config["gcs_port"])
-        super().__init__({**provider_config, "gcs_address": here}, cluster_name)  # type: ignore[no-untyped-call]
+        ip = get_node_ip_address()  # type: ignore[no-untyped-call]
+        here = build_address(ip, provider_config["gcs_port"])
+        super().__init__({**provider_config, "gcs_address": here}, cluster_name)
         head = self._nodes[provider_config["head_node_id"]]
         head["tags"][TAG_RAY_USER_NODE_TYPE] = provider_config["head_node_type"]
         self._unavailable = Path(provider_config["unavailable_file"])

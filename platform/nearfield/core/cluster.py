@@ -138,10 +138,10 @@ def node_types(data: Mapping[str, Any]) -> list[NodeType]:
         return [_launcher(str(name), entry) for name, entry in entries if isinstance(entry, dict)]
     spec = data.get("spec")
     spec = spec.get("rayClusterConfig", spec) if isinstance(spec, dict) else {}
-    groups = [(HEAD_GROUP, spec.get("headGroupSpec"))]
+    groups: list[tuple[str, Any]] = [(HEAD_GROUP, spec.get("headGroupSpec"))]
     workers = spec.get("workerGroupSpecs")
-    groups += [(g.get("groupName"), g) for g in workers or [] if isinstance(g, dict)]
-    return [_kuberay(str(name), group) for name, group in groups if isinstance(group, dict)]
+    groups += [(str(g.get("groupName")), g) for g in workers or [] if isinstance(g, dict)]
+    return [_kuberay(name, group) for name, group in groups if isinstance(group, dict)]
 
 
 def check_cluster(data: Mapping[str, Any]) -> Iterator[Finding]:

@@ -241,6 +241,17 @@ class TpuSlice(Strict):
         300.0, ge=0, le=7200, description="for hosts that come later than the first"
     )
 
+    @model_validator(mode="after")
+    def _shape(self) -> Self:
+        wanted = 3 if self.accelerator_type in ("TPU-V4", "TPU-V5P") else 2
+        if self.topology.count("x") + 1 != wanted:
+            shape = "x".join("4" * wanted)
+            raise ValueError(
+                f"topology {self.topology} is none of {self.accelerator_type}'s, which have "
+                f"{wanted} dimensions, as {shape}"
+            )
+        return self
+
     @property
     def chips(self) -> int:
         return math.prod(int(part) for part in self.topology.split("x"))

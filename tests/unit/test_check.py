@@ -20,7 +20,6 @@ SHIPPED = sorted(
     [
         *(HERE.parents[1] / "deployments" / "models").glob("*.yaml"),
         *(HERE.parents[1] / "cluster_configs" / "regions").glob("*.yaml"),
-        *(HERE.parents[1] / "cluster_configs" / "clusters").glob("*.yaml"),
     ]
 )
 

@@ -19,7 +19,6 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
-from functools import cached_property
 
 import ray
 from nearfield.api.error_bodies import openai_error
@@ -56,6 +55,7 @@ class Agent:
         self._applications: tuple[Application, ...] = ()
         self._known_s: float | None = None
         self._entry = Entry(Settings.from_env(os.environ))
+        self._decisions = Decisions(ray.get_runtime_context().gcs_address)
 
     async def __serve_build_asgi_app__(self) -> Router:
         self._polling = asyncio.create_task(self._poll())
@@ -82,10 +82,6 @@ class Agent:
         except RuntimeError as error:
             raise Unavailable(f"The head does not answer: {error}", retry_after_s=1.0) from None
         return [model.shown() for model in found]
-
-    @cached_property
-    def _decisions(self) -> Decisions:
-        return Decisions(ray.get_runtime_context().gcs_address)
 
     async def _poll(self) -> None:
         controller = Controller()

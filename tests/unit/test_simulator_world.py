@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nearfield.policy import health
+from nearfield.simulator.books import InvariantError
+from nearfield.simulator.events import EventWorld
+from nearfield.simulator.fluid import FluidWorld
 from nearfield.simulator.result import Plain, simulate
 from nearfield.simulator.scenario import Scenario
+from nearfield.simulator.world import World
 
 HERE = Path()
 MODES = ["events", "fluid"]
 
 
 def run(mode: str, *, faults: list[dict[str, Any]], seconds: float = 60, **more: Any) -> Plain:
+    return simulate(scenario(faults=faults, seconds=seconds, **more), HERE, mode=mode)
+
+
+def scenario(
+    *, faults: list[dict[str, Any]], seconds: float = 60, others: tuple[Any, ...] = (), **more: Any
+) -> Scenario:
     """Two regions of two replicas each; callers in both, those of eu bound to it."""
     pool = {
         "pool": "p",
@@ -30,35 +42,31 @@ def run(mode: str, *, faults: list[dict[str, Any]], seconds: float = 60, **more:
         "input_tokens": 300,
         "output_tokens": 60,
     }
-    return simulate(
-        Scenario.model_validate(
-            {
-                "simulation": "faults",
-                "duration_s": seconds,
-                "tick_s": 0.5,
-                "regions": [
-                    {"region": "eu", "jurisdiction": "eu", "rtt_ms": {"us": 80}},
-                    {"region": "us", "jurisdiction": "us"},
-                ],
-                "engines": [
-                    {
-                        "engine": "e",
-                        "prefill_tokens_per_s": 8000,
-                        "step_ms": 15,
-                        "step_ms_per_sequence": 0.5,
-                    }
-                ],
-                "models": [{"model": "m", "scaling": {"policy": "static"}}],
-                "pools": [pool | more],
-                "traffic": [
-                    traffic | {"traffic": "bound", "origin": ["eu"], "jurisdictions": ["eu"]},
-                    traffic | {"traffic": "free", "origin": ["us"]},
-                ],
-                "faults": faults,
-            }
-        ),
-        HERE,
-        mode=mode,
+    return Scenario.model_validate(
+        {
+            "simulation": "faults",
+            "duration_s": seconds,
+            "tick_s": 0.5,
+            "regions": [
+                {"region": "eu", "jurisdiction": "eu", "rtt_ms": {"us": 80}},
+                {"region": "us", "jurisdiction": "us"},
+            ],
+            "engines": [
+                {
+                    "engine": "e",
+                    "prefill_tokens_per_s": 8000,
+                    "step_ms": 15,
+                    "step_ms_per_sequence": 0.5,
+                }
+            ],
+            "models": [{"model": "m", "scaling": {"policy": "static"}}],
+            "pools": [pool | more, *(pool | other for other in others)],
+            "traffic": [
+                traffic | {"traffic": "bound", "origin": ["eu"], "jurisdictions": ["eu"]},
+                traffic | {"traffic": "free", "origin": ["us"]},
+            ],
+            "faults": faults,
+        }
     )
 
 
@@ -169,3 +177,40 @@ def test_a_recorded_price_is_paid_from_its_time_on(mode: str, tmp_path: Path) ->
         run(mode, faults=[], **more)["cost"]["usd"] for more in ({"prices": prices}, {})
     )
     assert usd == pytest.approx(1.5 * steady_usd)
+
+
+@pytest.mark.parametrize("kind", [EventWorld, FluidWorld])
+def test_nothing_is_sent_where_it_must_not_be(kind: type[World]) -> None:
+    """The policy's filters are believed by nobody: whoever is sent astray ends the run."""
+    world = kind(scenario(faults=[]), HERE)
+    for source in world.sources:
+        source.open = frozenset()
+    with pytest.raises(InvariantError, match="outside of its law, or another's"):
+        world.run()
+
+
+@pytest.mark.parametrize("kind", [EventWorld, FluidWorld])
+def test_nothing_is_sent_to_who_is_believed_dead(kind: type[World]) -> None:
+    world = kind(scenario(faults=[]), HERE)
+    eu, gateway = world.regions[0], world.gateways[0]
+
+    def believe(_: None) -> None:  # and do not plan anew
+        for _ in range(10):
+            event = health.Probed(eu.name, False, world.now_s, reason="no answer")
+            gateway.beliefs, _ = health.step(gateway.beliefs, event, world.now_s, 0.5)
+        gateway.due_s = math.inf
+
+    world.at(10.0, believe, None)
+    with pytest.raises(InvariantError, match="believed dead"):
+        world.run()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_who_waits_for_a_pool_to_start_goes_to_one_that_starts_first(mode: str) -> None:
+    slow: dict[str, Any] = {"initial_replicas": 0, "min_replicas": 1, "boot": 50, "regions": ["eu"]}
+    quick = slow | {"pool": "quick", "boot": 20, "handicap_ms": 60_000}
+    found = run(mode, faults=[], others=(quick,), **slow)
+    bound = found["traffic"][0]
+    served = {pool["pool"]: pool["served"] for pool in found["pools"]}
+    assert served["quick"] > 100
+    assert bound["ttft_s"]["p99"] < 25.0

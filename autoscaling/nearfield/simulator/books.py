@@ -134,6 +134,15 @@ class Tally:
         window.ended += count
         window.late += count
 
+    def adds_up(self) -> bool:
+        """Whether the windows tell of the same requests."""
+        windows = self.windows.values()
+        counts = [(w.arrived, w.ended, w.late, w.ttft.count) for w in windows]
+        sums = tuple(sum(column) for column in zip(*counts, strict=True))
+        return sums == (self.arrived, self.ended, self.late, self.done) and (
+            self.total.count == self.done
+        )
+
     @property
     def ended(self) -> int:
         return self.done + self.refused + self.expired + self.lost

@@ -25,7 +25,7 @@ from nearfield.simulator.books import InvariantError
 from nearfield.simulator.engine import Request
 from nearfield.simulator.fleet import Pool, Replica
 from nearfield.simulator.lane import EventReplica, Lane, rooms, speeds
-from nearfield.simulator.parts import Gateway, Source, outside
+from nearfield.simulator.parts import Gateway, Source
 from nearfield.simulator.world import CONNECT_TIMEOUT_S, World
 
 READ_S = 0.25
@@ -126,8 +126,7 @@ class EventWorld(World):
     def _send(self, request: Request, lane: Lane) -> bool:
         """To that endpoint; whether it takes it."""
         pool, source = lane.pool, request.source
-        if source.allowed is not None and outside(source, pool):
-            raise InvariantError(f"{source.name}: sent to {pool.endpoint.name}, outside of its law")
+        self.allowed(source, request.gateway, pool)
         request.tokens = request.prompt + pool.answer
         if not self.regions[pool.region].alive:
             self._count(request, pool)

@@ -46,7 +46,7 @@ from nearfield.simulator.flow import (
     steady,
     turn_s,
 )
-from nearfield.simulator.parts import Gateway, outside
+from nearfield.simulator.parts import Gateway
 from nearfield.simulator.world import CONNECT_TIMEOUT_S, World
 
 MOST_CV2 = 16.0
@@ -176,8 +176,7 @@ class FluidWorld(World):
     def _send(self, packet: Packet, flow: Flow, prompt: float, answer: float) -> Packet | None:
         """To that endpoint; what it has no room for, or cannot be reached by, comes back."""
         pool, source, gateway = flow.pool, packet.source, packet.gateway
-        if outside(source, pool):
-            raise InvariantError(f"{source.name}: sent to {pool.endpoint.name}, outside of its law")
+        self.allowed(source, gateway, pool)
         if not self.regions[pool.region].alive:
             packet.lag_s += CONNECT_TIMEOUT_S
             self._hear(gateway, health.Failed(pool.endpoint.region, "no connection"))

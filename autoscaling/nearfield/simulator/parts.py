@@ -67,7 +67,8 @@ class Source:
     """One class of callers at one place.
 
     Attributes:
-        callers: position of its plan. gateway: the nearest that is alive, None: there is none;
+        callers: position of its plan. open: numbers of the pools that law and product let it use.
+        gateway: the nearest that is alive, None: there is none;
             way_s: to it.
     """
 
@@ -78,7 +79,7 @@ class Source:
     callers: int
     criticality: int
     timeout_s: float
-    allowed: frozenset[str] | None
+    open: frozenset[int]
     tally: Tally
     nearest: list[tuple[float, Gateway]]
     gateway: Gateway | None = None
@@ -220,6 +221,12 @@ def make_sources(
         callers = (Ask(traffic.model), caller)
         if callers not in classes:
             classes.append(callers)
+        open_ = frozenset(
+            pool.number
+            for region in regions
+            for pool in region.pools
+            if pool.spec.model == traffic.model and _may_use(caller, pool.endpoint)
+        )
         draws = traffic.draws or traffic.traffic
         for place in traffic.origin or [region.name for region in regions]:
             nearest = [
@@ -244,7 +251,7 @@ def make_sources(
                     classes.index(callers),
                     CRITICALITIES.index(traffic.criticality),
                     traffic.timeout_s,
-                    allowed,
+                    open_,
                     Tally(window_s, slo.ttft_s, slo.total_s or math.inf),
                     nearest,
                 )
@@ -254,6 +261,15 @@ def make_sources(
     for source in sources:
         source.attach()
     return sources, classes
+
+
+def _may_use(caller: Caller, endpoint: Endpoint) -> bool:
+    """What must hold wherever a request is sent, written down apart from the policy's filters."""
+    if caller.jurisdictions is not None and endpoint.jurisdiction not in caller.jurisdictions:
+        return False
+    if endpoint.products is None:
+        return caller.shared
+    return caller.product in endpoint.products
 
 
 def _stands_in(gateway: Gateway, regions: list[Region], allowed: frozenset[str] | None) -> bool:
@@ -303,8 +319,3 @@ def static(initial: dict[str, int]) -> Step:
         return scale.Decision(targets, "static"), replace(state, now_s=signals.now_s)
 
     return step
-
-
-def outside(source: Source, pool: Pool) -> bool:
-    """Whether a request would leave its jurisdiction."""
-    return source.allowed is not None and pool.endpoint.jurisdiction not in source.allowed

@@ -30,6 +30,7 @@ from nearfield.simulator.parts import (
     Gateway,
     Region,
     Scaler,
+    Source,
     Step,
     make_gateways,
     make_regions,
@@ -350,6 +351,12 @@ class World:
             life_s = self._lives.expovariate(1 / spot.mean_life_s)
             self.at(self.now_s + life_s, self._reclaim, replica)
         self.ready(replica)
+        if pool.ready == 1:  # those that wait for another pool of the model to start come here
+            products = pool.endpoint.products
+            for other in self.regions[pool.region].pools:
+                same = other.spec.model == pool.spec.model and not other.ready
+                if same and products in (None, other.endpoint.products):
+                    self.strand(other)
 
     def _drain(self, replica: Replica) -> None:
         replica.pool.to(replica, "draining", self.now_s)
@@ -497,7 +504,7 @@ class World:
         """It is gone, with what it had."""
 
     def strand(self, pool: Pool) -> None:
-        """Its region is gone: what waited there for a replica waits in vain."""
+        """What waits there for a replica waits in vain: its region is gone, or others serve."""
 
     def cancel(self, gateway: Gateway) -> None:
         """The gateway is gone, and with it the connections of all whose requests it took."""
@@ -543,6 +550,9 @@ class World:
         open_ = sum(source.tally.arrived - source.tally.ended for source in self.sources)
         if open_ != self.in_flight or open_ < 0:
             raise InvariantError(f"{open_} requests are open, {self.in_flight} are counted")
+        done = sum(source.tally.done for source in self.sources)
+        if done != sum(pool.served for pool in self.pools):
+            raise InvariantError(f"{done} requests are answered, and pools have served others")
         for pool in self.pools:
             stages = [replica.stage for replica in pool.replicas.values()]
             counted = (stages.count("starting"), stages.count("ready"), stages.count("draining"))
@@ -558,3 +568,21 @@ class World:
         for gateway in self.gateways:
             if min(gateway.own, default=0) < 0:
                 raise InvariantError(f"{gateway.name}: a count of requests is below zero")
+        if self.now_s >= self.end_s:
+            for source in self.sources:
+                if not source.tally.adds_up():
+                    raise InvariantError(f"{source.name}: its windows do not add up")
+
+    def allowed(self, source: Source, gateway: Gateway, pool: Pool) -> None:
+        """Whether a request may be sent there, by law, by product and as far as it lives.
+
+        Raises:
+            InvariantError: it may not.
+        """
+        if pool.number not in source.open:
+            raise InvariantError(
+                f"{source.name}: sent to {pool.endpoint.name}, outside of its law, or another's"
+            )
+        name = self.regions[pool.region].name
+        if gateway.beliefs.members[name].health in ("down", "unknown"):
+            raise InvariantError(f"{source.name}: sent to {name}, which is believed dead")

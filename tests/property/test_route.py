@@ -73,7 +73,6 @@ callers = st.builds(
         st.none(), st.frozensets(st.sampled_from(JURISDICTIONS), min_size=1, max_size=2)
     ),
     product=st.sampled_from([None, "bank"]),
-    shared=st.booleans(),
     mode=st.sampled_from(["nearest", "economy"]),
     slo_s=st.sampled_from([None, 0.1, 0.5]),
 )
@@ -124,7 +123,6 @@ def test_whoever_is_picked_passes_every_filter(
         assert caller.jurisdictions is None or endpoint.jurisdiction in caller.jurisdictions
         assert endpoint.model in ("chat", "small")
         assert endpoint.products is None or caller.product in endpoint.products
-        assert endpoint.products is not None or caller.shared
         assert state.health in ("up", "ejected")
         assert not state.draining
         assert state.replicas or state.cold_start_s is not None

@@ -83,7 +83,6 @@ def refused(found: Pick | Refusal) -> Refusal:
             "no_pool",
             None,
         ),
-        ((EU,), Caller(shared=False), Ask("chat"), Forbidden, "no_pool", None),
         (
             (at(0, "eu-west", health="down", back_s=2.2),),
             ANYONE,

@@ -148,13 +148,12 @@ class Caller:
 
     Attributes:
         jurisdictions: where its data may go; None: anywhere.
-        product: whose pools it may use. shared: whether it may use the shared ones as well.
+        product: whose pools it may use, besides those that are everybody's.
         slo_s: the time to the first byte that `economy` must keep.
     """
 
     jurisdictions: frozenset[str] | None = None
     product: str | None = None
-    shared: bool = True
     mode: Mode = "nearest"
     slo_s: float | None = None
 
@@ -244,10 +243,7 @@ def _stopped(state: EndpointState, ask: Ask, caller: Caller) -> tuple[Filter, st
             return "version", f"{endpoint.version} is served only to callers that name it"
     elif endpoint.version != ask.version:
         return "version", f"serves version {endpoint.version}"
-    if endpoint.products is None:
-        if not caller.shared:
-            return "pool", "a shared pool; the caller uses its product's own"
-    elif caller.product not in endpoint.products:
+    if endpoint.products is not None and caller.product not in endpoint.products:
         return "pool", "another product's pool"
     if state.health == "down":
         return "health", "believed dead: probes fail"

@@ -300,7 +300,7 @@ class Case:
             for whose, count in group.pools
         ]
         traffic = [
-            each.model_copy(update={"product": name, "shared": SHARED in dict(group.pools)})
+            each.model_copy(update={"product": name})
             for name in group.products
             for each in self.traffic[name]
         ]

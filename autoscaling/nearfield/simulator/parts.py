@@ -217,7 +217,7 @@ def make_sources(
     for traffic in scenario.traffic:
         allowed = None if traffic.jurisdictions is None else frozenset(traffic.jurisdictions)
         slo = slos[traffic.model]
-        caller = Caller(allowed, traffic.product, traffic.shared, traffic.mode, slo.ttft_s)
+        caller = Caller(allowed, traffic.product, traffic.mode, slo.ttft_s)
         callers = (Ask(traffic.model), caller)
         if callers not in classes:
             classes.append(callers)
@@ -267,9 +267,7 @@ def _may_use(caller: Caller, endpoint: Endpoint) -> bool:
     """What must hold wherever a request is sent, written down apart from the policy's filters."""
     if caller.jurisdictions is not None and endpoint.jurisdiction not in caller.jurisdictions:
         return False
-    if endpoint.products is None:
-        return caller.shared
-    return caller.product in endpoint.products
+    return endpoint.products is None or caller.product in endpoint.products
 
 
 def _stands_in(gateway: Gateway, regions: list[Region], allowed: frozenset[str] | None) -> bool:

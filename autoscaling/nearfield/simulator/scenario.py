@@ -296,7 +296,6 @@ class Traffic(Strict):
     input_tokens: Drawn | None = Field(None, description="absent: the trace's")
     output_tokens: Drawn | None = None
     product: Name | None = None
-    shared: bool = Field(True, description="whether it may use the shared pools as well")
     jurisdictions: list[Name] | None = Field(None, min_length=1, description="absent: anywhere")
     mode: Literal["nearest", "economy"] = "nearest"
     criticality: Literal["critical", "default", "sheddable"] = "default"

@@ -314,7 +314,8 @@ def _history(result: Plain, clock: Clock) -> str:
         )
     left = len(result["history"]) - len(rows) + result["history_left_out"]
     more = f"<p>{left:,} more are in the JSON.</p>" if left > 0 else ""
-    return table(("when", "what", "where", "change", "why"), rows, numbers_from=99) + more
+    shown = table(("when", "what", "where", "change", "why"), rows, numbers_from=99)
+    return _HISTORY.format(table=shown, count=f"{len(rows):,}", more=more)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: int) -> str:
@@ -346,11 +347,15 @@ def latency(seconds: float | None) -> str:
 
 
 def _span(seconds: float) -> str:
+    """In the two largest units that it has."""
+    parts = []
     for size, unit in ((86_400, "day"), (3600, "hour"), (60, "minute")):
-        if seconds >= size:
-            count = seconds / size
-            return f"{count:g} {unit}{'' if count == 1 else 's'}"
-    return f"{seconds:g} s"
+        count, seconds = divmod(seconds, size)
+        if count:
+            parts.append(f"{count:.0f} {unit}{'' if count == 1 else 's'}")
+    if seconds:
+        parts.append(f"{seconds:g} s")
+    return " ".join(parts[:2])
 
 
 # ---- drawing -------------------------------------------------------------------------------------
@@ -371,9 +376,18 @@ class Clock:
     def x(self, at_s: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * at_s / self.duration_s
 
+    @property
+    def _short(self) -> bool:
+        return self.duration_s < 7200
+
+    @property
+    def axis(self) -> str:
+        """What is along it."""
+        return "minutes since the start" if self._short else "time of day, UTC"
+
     def text(self, at_s: float) -> str:
-        """The time of day, UTC; seconds where the run is short."""
-        if self.duration_s < 7200:
+        """The time of day, UTC; minutes and seconds where the run is short."""
+        if self._short:
             minutes, seconds = divmod(at_s, 60)
             return f"{minutes:02.0f}:{int(seconds):02d}" if minutes >= 1 else f"{at_s:.0f} s"
         days, rest = divmod(self.start_s + at_s, 86_400)
@@ -392,6 +406,8 @@ def _figure(plot: Plot, index: int, clock: Clock, marks: Sequence[tuple[float, s
         f'<li class="{kind}"><i></i>{html.escape(name)}</li>'
         for (name, _), kind in zip(plot.series, classes, strict=True)
     )
+    if marks:
+        legend += '<li class="marks"><i></i>faults and losses</li>'
     scale, ticks = _scale(plot)
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" data-plot="{index}">'
@@ -400,7 +416,6 @@ def _figure(plot: Plot, index: int, clock: Clock, marks: Sequence[tuple[float, s
     for value in ticks:
         y = scale(value)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="y" x="{LEFT - 8}" y="{y + 4:.1f}">{_number(value)}</text>')
     for at_s in clock.ticks():
         x = clock.x(at_s)
         end = " last" if x > WIDTH - RIGHT - 24 else ""
@@ -425,6 +440,9 @@ def _figure(plot: Plot, index: int, clock: Clock, marks: Sequence[tuple[float, s
     else:
         for (_, values), kind in zip(plot.series, classes, strict=True):
             parts.append(f'<path class="line {kind}" d="{_path(xs, values, scale)}"/>')
+    for value in ticks:  # above the areas: on a narrow screen they stand inside
+        y = scale(value) + 4
+        parts.append(f'<text class="y" x="{LEFT - 8}" y="{y:.1f}">{_number(value)}</text>')
     if plot.line is not None:
         y = scale(plot.line[0])
         parts.append(f'<path class="slo" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
@@ -434,8 +452,9 @@ def _figure(plot: Plot, index: int, clock: Clock, marks: Sequence[tuple[float, s
         )
     parts.append(f'<path class="cross" d="M0 {TOP}V{HEIGHT - BOTTOM}"/></svg>')
     return (
-        f"<figure><figcaption><h3>{html.escape(plot.title)} <small>{html.escape(plot.unit)}"
-        f"</small></h3><ul>{legend}</ul></figcaption>{''.join(parts)}</figure>"
+        f"<figure><figcaption><h3>{html.escape(plot.title)} <small>{html.escape(plot.unit)}, by "
+        f"{clock.axis}</small></h3><ul>{legend}</ul></figcaption>"
+        f'<div class="plot">{"".join(parts)}</div></figure>'
     )
 
 
@@ -508,6 +527,10 @@ _PAGE = """<!doctype html>
 {body}</body>
 </html>
 """
+
+_HISTORY = """<p><label>Only what has these words: <input id="filter" type="search"
+placeholder="on-demand backlog" autocomplete="off"></label> <output id="shown">{count}</output></p>
+<div id="history">{table}</div>{more}"""
 
 _BODY = """<section class="tiles">
 {tiles}

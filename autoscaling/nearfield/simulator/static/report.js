@@ -36,6 +36,22 @@ function hide() {
   for (const each of plots) each.querySelector(".cross").style.visibility = "hidden";
 }
 
+// Of what was decided, only what has all the words.
+const rows = [...document.querySelectorAll("#history tbody tr")].map((row) => ({
+  row,
+  text: row.textContent.toLowerCase(),
+}));
+const filter = document.getElementById("filter");
+filter.addEventListener("input", () => {
+  const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+  let count = 0;
+  for (const { row, text } of rows) {
+    row.hidden = !words.every((word) => text.includes(word));
+    count += !row.hidden;
+  }
+  document.getElementById("shown").textContent = `${count} of ${rows.length}`;
+});
+
 for (const svg of plots) {
   svg.addEventListener("pointermove", show);
   svg.addEventListener("pointerleave", hide);

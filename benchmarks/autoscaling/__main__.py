@@ -9,6 +9,7 @@ COMMANDS = {
     "pools": "a noisy neighbour on a shared cluster, and what pools of its own cost",
     "traces": "recorded traffic: the policy against an oracle, Ray Serve's, Knative's and others",
     "speed": "requests that `nearfield simulate` simulates in a second of a core",
+    "spot": "recorded spot capacity at recorded prices: what it saves, and at what latency",
     "record": "a real run for `nearfield simulate --calibrate`",
 }
 

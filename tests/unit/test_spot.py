@@ -37,23 +37,29 @@ def zone(usd: float, exposed_usd: float, *, share: float = 1.0, zones: int = 1) 
 
 
 def test_without_losses_the_cheapest_zone_has_everything() -> None:
-    assert mix.hedged(80.0, (zone(1.0, 0.0), zone(2.0, 0.0))) == (8, 0)
+    assert mix.hedged(80.0, 80.0, (zone(1.0, 0.0), zone(2.0, 0.0))) == (8, 0)
 
 
 def test_what_may_be_lost_at_once_is_spread_and_stood_in_for() -> None:
-    counts = mix.hedged(80.0, tuple(zone(1.0 + i / 10, 5.0) for i in range(4)))
+    counts = mix.hedged(80.0, 80.0, tuple(zone(1.0 + i / 10, 5.0) for i in range(4)))
     assert sum(counts) - max(counts) >= 8  # any zone may go
     assert sum(counts) < 16
 
 
 def test_one_zone_that_goes_often_is_backed_by_what_never_goes() -> None:
     always = mix.Offer(10.0, 3.0, 0, 0, 20, 60.0)
-    assert mix.hedged(80.0, (zone(1.0, 0.1), always)) == (8, 0)
-    spot, steady = mix.hedged(80.0, (zone(1.0, 9.0), always))
+    assert mix.hedged(80.0, 80.0, (zone(1.0, 0.1), always)) == (8, 0)
+    spot, steady = mix.hedged(80.0, 80.0, (zone(1.0, 9.0), always))
     assert steady >= 8
     assert spot == 0
 
 
+def test_what_is_held_above_the_expected_is_a_spare_already() -> None:
+    assert mix.hedged(80.0, 60.0, tuple(zone(1.0, 5.0) for _ in range(4))) == (2, 2, 2, 2)
+
+
 def test_a_spare_costs_less_the_less_goes_at_once() -> None:
-    some, whole = (mix.hedged(80.0, (zone(1.0, 2.0, share=s, zones=4),))[0] for s in (0.25, 1.0))
+    some, whole = (
+        mix.hedged(80.0, 80.0, (zone(1.0, 2.0, share=s, zones=4),))[0] for s in (0.25, 1.0)
+    )
     assert 8 < some < whole

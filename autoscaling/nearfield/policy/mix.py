@@ -52,9 +52,13 @@ def cover(work_s: float, offers: tuple[Offer, ...]) -> tuple[int, ...]:
     return _cover(work_s, offers, math.inf)[1]
 
 
-def hedged(work_s: float, offers: tuple[Offer, ...]) -> tuple[int, ...]:
+def hedged(work_s: float, least_s: float, offers: tuple[Offer, ...]) -> tuple[int, ...]:
     """Replicas of each pool that together do `work_s`, and more where that is cheaper than to be
-    exposed to losses."""
+    exposed to losses.
+
+    Args:
+        least_s: work a second that should still be done when a zone is lost, at most `work_s`.
+    """
     if not any(offer.exposed_usd for offer in offers):
         return cover(work_s, offers)
     # Price is convex in the spare: the search ends where it has risen twice.
@@ -62,7 +66,7 @@ def hedged(work_s: float, offers: tuple[Offer, ...]) -> tuple[int, ...]:
     stride *= max(1, round(work_s / stride / STRIDES))
     best_usd, best, risen, spare_s = math.inf, (), 0, 0.0
     while risen < 2 and spare_s <= work_s:
-        usd, counts = _cover(work_s + spare_s, offers, spare_s)
+        usd, counts = _cover(work_s + spare_s, offers, work_s + spare_s - least_s)
         if usd < best_usd - _TINY:
             best_usd, best, risen = usd, counts, 0
         else:

@@ -31,7 +31,7 @@ from typing import NamedTuple
 from nearfield.policy import mix, spot
 from nearfield.policy.capacity import Pool
 from nearfield.policy.demand import Demand
-from nearfield.policy.outlook import TINY, Amounts, Outlook, holding
+from nearfield.policy.outlook import DRAIN_S, TINY, Amounts, Outlook, holding
 from nearfield.policy.plain import plain, revived
 from nearfield.policy.pools import (
     NO_DATA,
@@ -63,14 +63,11 @@ __all__ = [
     "step",
 ]
 
-DRAIN_S = 20.0
-"""A backlog is to be gone so long after the replicas asked for now serve."""
 REACT_S = 5.0
 """Added to a boot: what passes until a change is seen."""
 OUTAGES = 0.5
-"""Share of the allowed lateness that losses of spot capacity may spend."""
-STEEP = (0.5, 4.0)
-"""Bounds of how many of the requests are late for each part of the load that finds no capacity."""
+"""Share of the allowed lateness that losses of spot capacity may spend. A pool whose losses alone
+would spend it is as dear as the dearest, which is never lost."""
 WARM_BINS = 3
 """Bins that must be full before rates are believed."""
 VERSION = 1
@@ -167,7 +164,7 @@ class _Wanted(NamedTuple):
     None: as it was, and at least `replicas` together.
 
     Attributes:
-        missing_usd: price of a unit of it that is missing, an hour.
+        least_s: of that capacity, what should be there when a zone is lost.
     """
 
     work_s: float | None
@@ -176,7 +173,7 @@ class _Wanted(NamedTuple):
     may_fall: bool
     awake: bool
     replicas: int = 0
-    missing_usd: float = 0.0
+    least_s: float = 0.0
 
 
 def step(signals: Signals, state: State, spec: ScalingSpec) -> tuple[Decision, State]:
@@ -294,25 +291,32 @@ def _want(
     if fastest is None or fastest.work_s is NO_DATA or demand.closed < WARM_BINS:
         return group, _by_concurrency(members, ongoing, awake)
     lead_s = fastest.boot_s + REACT_S
-    hold_s = max(spec.hold_s, fastest.boot_s)
+    hold_s = max(spec.hold_s, lead_s)
     late_share = min(1.0, _total(s.late for s in seen) / arrivals) if arrivals > 0.0 else 0.0
-    outlook, enough = group.outlook.priced(work, late_share, spec.max_late).enough(
+    running = _running(members)
+    outlook, enough = group.outlook.enough(
         demand,
         now_s,
+        late=late_share * work,
+        running=running,
         replica=fastest.work_s,
         lead_s=lead_s,
         wait_s=spec.max_wait_s,
         hold_s=hold_s,
+        allowed=spec.max_late,
     )
-    level, running = demand.level, _running(members)
+    level = demand.level
     calm = min(level, enough.expected)  # a burst that will be over needs no replica to catch up
     backlog = _backlog(members, running, queued * group.request_work, calm, lead_s)
     panic = queue_age_s > spec.max_wait_s or backlog > spec.max_wait_s * max(
         running, fastest.work_s
     )
-    catch_up = calm + backlog / DRAIN_S if panic else 0.0
-    # What ran at the beginning was asked for by somebody.
-    caught = holding(group.caught or ((now_s, running),), now_s, catch_up, hold_s)
+    # What a loss took is replaced at once; that it was missing may take as long to make good.
+    struck = any(now_s - m.pool.trust.lost_s < lead_s + DRAIN_S for m in members)
+    catch_up = calm + backlog / (max(DRAIN_S, lead_s) if struck else DRAIN_S) if panic else 0.0
+    # What ran at the beginning was asked for by somebody: it is held longer than a boot.
+    caught = group.caught or ((now_s + hold_s - lead_s, running),)
+    caught = holding(caught, now_s, catch_up, lead_s)
     held = max(caught[0][1], enough.held)
     group = group._replace(outlook=outlook, caught=caught)
     terms = {
@@ -325,7 +329,7 @@ def _want(
         "lead_s": lead_s,
         "base": float(enough.base),
         "error": outlook.errors[enough.base].scale,
-        "late_price": outlook.late_price,
+        "late_price": enough.late_price,
         "panic": float(panic),
     }
     if not awake and ongoing == 0.0:
@@ -339,9 +343,8 @@ def _want(
         why += f"; {catch_up:.3g} to catch up with a backlog of {backlog:.3g}"
     if held > max(enough.amount, catch_up):
         why += f"; {held:.3g} was wanted within {hold_s:.0f} s"
-    dearest = max(m.usd / m.work_s for m in members if m.work_s is not NO_DATA)
-    missing_usd = outlook.late_price * dearest * _steepness(held, enough.expected)
-    return group, _Wanted(held, why, terms, not panic, awake=True, missing_usd=missing_usd)
+    least_s = min(held, math.sqrt(held * enough.expected))  # half-way, in logs
+    return group, _Wanted(held, why, terms, not panic, awake=True, least_s=least_s)
 
 
 def _dark(member: _Member, has_work: bool) -> bool:
@@ -386,13 +389,6 @@ def _by_concurrency(members: list[_Member], ongoing: float, awake: bool) -> _Wan
     terms = {"ongoing": ongoing, "needed": float(needed)}
     why += "; its speed is not known yet"
     return _Wanted(None, why, terms, may_fall=False, awake=True, replicas=needed)
-
-
-def _steepness(capacity: float, expected: float) -> float:
-    """How many of the requests are late for each part of `expected` that capacity falls short:
-    nobody where it is all there, and half of them where there is what is expected and no more."""
-    headroom = capacity / max(expected, TINY) - 1.0
-    return min(STEEP[1], max(STEEP[0], 0.5 / max(headroom, TINY)))
 
 
 def _backlog(
@@ -445,10 +441,11 @@ def _place(
             counts[pool.name] = max(pool.min_replicas, min(pool.max_replicas, count + more))
             notes[pool.name] = f"{counts[pool.name]}: {wanted.why}"
         return
-    offers = [_offer(m, wanted.missing_usd, spec.max_late, now_s) for m in members]
+    dearest = max(m.usd / m.work_s for m in members if m.work_s is not NO_DATA)
+    offers = [_offer(m, dearest / (OUTAGES * spec.max_late), now_s) for m in members]
     # However little is wanted, somebody must be there.
     goal = max(wanted.work_s, 0.5 * min(o.work_s for o in offers))
-    chosen = _bought(members, offers, goal)
+    chosen = _bought(members, offers, goal, wanted.least_s)
     kept = _kept(members, goal, chosen)
     for i, member in enumerate(members):
         pool, count, why = member.spec, chosen[i] + kept[i], wanted.why
@@ -478,18 +475,19 @@ def _most(member: _Member, now_s: float) -> int:
     return max(most, member.spec.min_replicas)
 
 
-def _offer(member: _Member, missing_usd: float, max_late: float, now_s: float) -> mix.Offer:
-    """What one pool can give now, and what it costs that spot capacity is missing at times: more
-    than in proportion where that alone would spend the lateness that is allowed."""
+def _offer(member: _Member, missing_usd: float, now_s: float) -> mix.Offer:
+    """What one pool can give now, and the price of being exposed to its losses.
+
+    Args:
+        missing_usd: price an hour of a unit of work that is missing all the time.
+    """
     pool, trust = member.spec, member.pool.trust
     assert member.work_s is not NO_DATA
     most = _most(member, now_s)
     have = min(member.good + member.coming, most)
     exposed_usd = 0.0
     if pool.kind == "spot":
-        missing = trust.missing(member.boot_s + REACT_S)
-        exposed_usd = missing_usd * member.work_s * missing
-        exposed_usd *= max(1.0, missing / (OUTAGES * max_late))
+        exposed_usd = missing_usd * member.work_s * trust.missing(member.boot_s + REACT_S)
     return mix.Offer(
         member.work_s,
         member.usd,
@@ -502,7 +500,9 @@ def _offer(member: _Member, missing_usd: float, max_late: float, now_s: float) -
     )
 
 
-def _bought(members: list[_Member], offers: list[mix.Offer], goal: float) -> list[int]:
+def _bought(
+    members: list[_Member], offers: list[mix.Offer], goal: float, least_s: float
+) -> list[int]:
     """Replicas of each pool: the cheapest mix, zones of one price as one, and spread over them."""
     zones: list[list[int]] = []
     for i, member in enumerate(members):
@@ -515,7 +515,7 @@ def _bought(members: list[_Member], offers: list[mix.Offer], goal: float) -> lis
             zones.append([i])
     joined = tuple(_joined([offers[i] for i in zone]) for zone in zones)
     counts = [0] * len(members)
-    for zone, offer, total in zip(zones, joined, mix.hedged(goal, joined), strict=True):
+    for zone, offer, total in zip(zones, joined, mix.hedged(goal, least_s, joined), strict=True):
         if len(zone) == 1:
             counts[zone[0]] = total
             continue

@@ -29,6 +29,7 @@ class Trust(NamedTuple):
     Attributes:
         losses, hours: how often something was taken back, in so many hours in which something ran.
         share: of those there were, which go at once. ran: how many there were.
+        lost_s: when the last were.
         blocked_s: until when no more are asked for. backoff_s: for how long, if it refuses again.
     """
 
@@ -36,6 +37,7 @@ class Trust(NamedTuple):
     hours: float = 0.0
     share: float = PRIOR_SHARE
     ran: int = 0
+    lost_s: float = -math.inf
     blocked_s: float = -math.inf
     backoff_s: float = 0.0
 
@@ -63,13 +65,14 @@ class Trust(NamedTuple):
             share += (min(1.0, lost / max(1, self.ran)) - share) / (losses + PRIOR_LOSSES)
         if hours > MEMORY_HOURS:
             losses, hours = losses * MEMORY_HOURS / hours, MEMORY_HOURS
+        lost_s = now_s if lost else self.lost_s
         blocked_s, backoff_s = self.blocked_s, self.backoff_s
         if booted:
             blocked_s, backoff_s = -math.inf, 0.0
         if refused and now_s >= blocked_s:
             backoff_s = min(BACKOFF_S[1], max(BACKOFF_S[0], 2.0 * backoff_s))
             blocked_s = now_s + backoff_s
-        return Trust(losses, hours, share, running, blocked_s, backoff_s)
+        return Trust(losses, hours, share, running, lost_s, blocked_s, backoff_s)
 
     @property
     def losses_per_hour(self) -> float:

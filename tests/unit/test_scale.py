@@ -30,8 +30,8 @@ def world(*pools: PoolSpec, speeds: dict[str, float] | None = None, **facts: obj
 def test_steady_load_gets_what_it_needs_and_no_more() -> None:
     made = world().run(1800, 95.0)
     assert 10 <= made.total <= 12
-    settled = {t.replicas for at_s, d in made.decisions if at_s > 1200 for t in d.targets}
-    assert len(settled) == 1
+    settled = [t.replicas for at_s, d in made.decisions if at_s > 60 for t in d.targets]
+    assert settled == sorted(settled, reverse=True)  # less as trust grows, never back and forth
 
 
 def test_a_jump_is_followed_within_a_boot_and_the_queue_is_worked_off() -> None:

@@ -16,6 +16,7 @@ Work that came is kept in bins of five seconds. From them:
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 BIN_S = 5.0
@@ -23,6 +24,8 @@ WINDOWS = (3, 6, 12, 24, 48)
 """Windows of the level, in bins: 15 s to 4 min."""
 NEED_WINDOWS = (1, 2, 3, 6, 12, 24)
 """Windows of the need: 5 s to 2 min."""
+PEAK = 12
+"""Bins in which the peak is looked for: a minute."""
 KEPT = WINDOWS[-1]
 AGREE = 3.0
 """Two windows disagree when their means differ by more standard errors."""
@@ -99,6 +102,14 @@ class Demand(NamedTuple):
             total += rest
             length = longer
         return total / (length * BIN_S)
+
+    @property
+    def peak(self) -> float:
+        """The busiest ten seconds of the last minute, work a second; 0.0 with no bin full."""
+        last = self.bins[-PEAK:]
+        if len(last) < 2:
+            return sum(last) / BIN_S
+        return max(a + b for a, b in pairwise(last)) / (2 * BIN_S)
 
     def need(self, wait_s: float) -> float:
         """Work a second that would have had to be done for nobody to wait longer until now."""

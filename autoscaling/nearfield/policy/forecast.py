@@ -85,14 +85,19 @@ class Forecast(NamedTuple):
         return int(now_s // TICK_S) != self.tick
 
     def observe(
-        self, now_s: float, level: float, need: float, lead_s: float
+        self, now_s: float, bases: Sequence[float], need: float, lead_s: float
     ) -> tuple[Forecast, tuple[float, ...]]:
         """One tick: an old forecast is judged by what was needed, a new one is made.
+
+        Args:
+            bases: what may be said of now, work a second: the level, which is forecast, and others,
+                which are taken to stay as they are.
 
         Returns:
             What was learnt, and the errors in logs of the old forecasts, by base; none if there is
             nothing to judge yet.
         """
+        level = bases[0]
         small = 1e-9 + 0.02 * (self.means[-1] if self.means else level)
         log_level = math.log(level + small)
         found, errors = self._judged(math.log(need + small), lead_s)
@@ -111,8 +116,8 @@ class Forecast(NamedTuple):
         features.append(self._seasonal(now_s, lead_s))
         features = [_cut(feature) for feature in features]
         growth = _dot(found.coefficients, features)
-        bases = (log_level + growth, *(math.log(mean + small) for mean in means))
-        memo = Memo(log_level, growth, tuple(features), bases)
+        logs = (log_level + growth, *(math.log(base + small) for base in bases[1:]))
+        memo = Memo(log_level, growth, tuple(features), logs)
         return found._replace(
             tick=tick,
             first=first,

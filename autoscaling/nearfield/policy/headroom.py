@@ -7,13 +7,13 @@ Vosper, "VaR without correlations for portfolios of derivative securities", J. F
 much, and a few large replicas more than many small ones, since they come in whole numbers.
 
 The amount is the newsvendor's: one replica more as long as the lateness that it prevents is worth
-its price. What lateness is worth is learnt: it rises while more than the allowed share is late and
-falls while there is less, over hours, so that the share allowed is what is bought.
+its price. What lateness is worth is learnt in `nearfield.policy.outlook`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 TICK_S = 15.0
@@ -41,12 +41,18 @@ CELL = 2 * EDGE / CELLS
 FIRST_PRICE, LONGER = 15.0, 0.4
 """What having everybody wait is worth before it is learnt, in the price of serving them, with a
 boot of a minute; and the power of a boot it rises with: what is missed is missed for so long."""
-PRICES = (2.0, 300.0)
-REPRICE = 0.003
-"""How fast it is learnt: logs per five seconds in which everybody is late."""
-MARGIN = 0.8
-"""Share of the allowed lateness that is aimed at."""
-CANDIDATES = 64
+CANDIDATES = 48
+
+PERIOD_S = 600.0
+"""Errors are wider at some times of each ten minutes than at others: what people schedule begins
+then, and much of what is published changes then."""
+PHASES = int(PERIOD_S / TICK_S)
+PERIODS = 36.0
+"""So many periods are remembered, ..."""
+PHASE_WEIGHT = 4.0
+"""... and so many with errors like at any other time are believed before the first."""
+LEAST_PHASE = 0.25
+"""No time is taken to be calmer than this share of the whole."""
 
 
 def _prior() -> tuple[float, ...]:
@@ -60,20 +66,27 @@ class Errors(NamedTuple):
 
     Attributes:
         spread, long_spread: mean absolute error.
+        phases: of each part of the period, in the spread then: sums that fade, and their weights.
         shape: histogram of errors in spreads, weights.
         judged: errors seen.
     """
 
     spread: float = PRIOR_SPREAD
     long_spread: float = PRIOR_SPREAD
+    phases: tuple[tuple[float, float], ...] = ((PHASE_WEIGHT, PHASE_WEIGHT),) * PHASES
     shape: tuple[float, ...] = _prior()
     judged: int = 0
 
     @property
     def scale(self) -> float:
-        """The spread that is expected now."""
+        """The spread that is expected now, at no time in particular."""
         both = self.spread + LONG_SHARE * (self.long_spread - self.spread)
         return max(LEAST_SPREAD, both)
+
+    def scale_at(self, at_s: float) -> float:
+        """The spread of a forecast for then."""
+        total, weight = self.phases[_phase(at_s)]
+        return max(LEAST_SPREAD, self.scale * max(LEAST_PHASE, total / weight))
 
     @classmethod
     def unseen(cls, lead_s: float, noise: float) -> Errors:
@@ -85,14 +98,14 @@ class Errors(NamedTuple):
         spread = math.hypot(PRIOR_SPREAD * math.sqrt(lead_s / 60.0), MEAN_ABSOLUTE * noise)
         return cls(spread, spread)
 
-    def observe(self, error: float, lead_s: float, weight: float = 1.0) -> Errors:
+    def observe(self, error: float, now_s: float, lead_s: float, weight: float = 1.0) -> Errors:
         """With one more.
 
         Args:
-            lead_s: how far ahead the forecast was.
+            now_s: when it was made. lead_s: how long before the forecast was.
             weight: how many met it: what matters is the share of requests, not of time.
         """
-        scale = self.scale
+        scale, usual = self.scale_at(now_s), self.scale
         keep = 1.0 - TICK_S / SHAPE_S
         shape = [weight * keep for weight in self.shape]
         shape[min(CELLS - 1, max(0, int((error / scale + EDGE) / CELL)))] += weight
@@ -100,23 +113,18 @@ class Errors(NamedTuple):
         gain = max(
             TICK_S / LONG_SPREAD_S, 1.0 / (self.judged + max(PRIOR_TICKS, LEADS * lead_s / TICK_S))
         )
+        phase = _phase(now_s)
+        fade = 1.0 - 1.0 / PERIODS
+        prior = (1.0 - fade) * PHASE_WEIGHT
+        total, seen = self.phases[phase]
+        own = (total * fade + prior + size / usual, seen * fade + prior + 1.0)
         return Errors(
             self.spread + TICK_S / max(SPREAD_S, LEADS * lead_s) * (size - self.spread),
             self.long_spread + gain * (size - self.long_spread),
+            (*self.phases[:phase], own, *self.phases[phase + 1 :]),
             tuple(shape),
             self.judged + 1,
         )
-
-    def above(self, error: float, tails: list[float] | None = None) -> float:
-        """Share of the errors above this one. tails: if they are there already."""
-        tails = self.tails() if tails is None else tails
-        position = (error / self.scale + EDGE) / CELL
-        cell = int(position)
-        if position <= 0.0:
-            return 1.0
-        if cell >= CELLS:
-            return 0.0
-        return tails[cell] + (tails[cell + 1] - tails[cell]) * (position - cell)
 
     def tails(self) -> list[float]:
         """Share of the errors in each cell and above it; one more for those above all."""
@@ -128,6 +136,10 @@ class Errors(NamedTuple):
         return found
 
 
+def _phase(at_s: float) -> int:
+    return int(at_s % PERIOD_S / TICK_S)
+
+
 class Choice(NamedTuple):
     """How much capacity. replicas: of the given size. risk: that it is not enough."""
 
@@ -135,38 +147,53 @@ class Choice(NamedTuple):
     risk: float
 
 
-def choose(forecast: float, replica: float, errors: Errors, late_price: float) -> Choice:
-    """The number of replicas at which one more costs more than the lateness it prevents.
+def choices(
+    forecast: float, replica: float, scale: float, tails: list[float], prices: Sequence[float]
+) -> list[Choice]:
+    """For each price of lateness: the number of replicas at which one more costs more than the
+    lateness it prevents.
 
     Args:
         forecast: what will be needed, work a second, more than 0.
         replica: what one replica does, work a second.
-        late_price: what having everybody wait costs, in the price of serving them.
+        scale, tails: of the forecast's errors.
+        prices: what having everybody wait costs, in the price of serving them; rising.
     """
-    scale, tails = errors.scale, errors.tails()
-    least = max(1, math.ceil(forecast * math.exp(-2.0 * scale) / replica - 1e-9))
-    most = max(least, math.ceil(forecast * math.exp(min(EDGE * scale, 2.0)) / replica))
+    unit = replica / forecast
+    least = max(1, math.ceil(math.exp(-2.0 * scale) / unit - 1e-9))
+    most = max(least, math.ceil(math.exp(min(EDGE * scale, 2.0)) / unit))
     stride = max(1, (most - least) // CANDIDATES)
-    best, best_cost = Choice(least, 1.0), math.inf
+    # Only what is on the lower convex hull of cost and risk is best at some price.
+    hull: list[tuple[int, float]] = []
+    per_cell, offset = 1.0 / (scale * CELL), EDGE / CELL
     for replicas in range(least, most + stride, stride):
-        risk = errors.above(math.log(replicas * replica / forecast), tails)
-        cost = replicas * replica / forecast + late_price * risk
-        if cost < best_cost:
-            best, best_cost = Choice(replicas, risk), cost
-    return best
+        position = math.log(replicas * unit) * per_cell + offset
+        cell = int(position)
+        if position <= 0.0:
+            risk = 1.0
+        elif cell >= CELLS:
+            risk = 0.0
+        else:
+            risk = tails[cell] + (tails[cell + 1] - tails[cell]) * (position - cell)
+        while len(hull) > 1:
+            (n0, r0), (n1, r1) = hull[-2], hull[-1]
+            if (r0 - r1) * (replicas - n1) > (r1 - risk) * (n1 - n0):
+                break
+            hull.pop()
+        hull.append((replicas, risk))
+        if risk == 0.0:
+            break
+    found, at = [], 0
+    for price in prices:
+        while at + 1 < len(hull):
+            (n0, r0), (n1, r1) = hull[at], hull[at + 1]
+            if price * (r0 - r1) <= (n1 - n0) * unit:
+                break
+            at += 1
+        found.append(Choice(*hull[at]))
+    return found
 
 
 def first_price(lead_s: float) -> float:
     """The price of lateness before any is known, where a replica serves after so long."""
     return FIRST_PRICE * math.pow(lead_s / 60.0, LONGER)
-
-
-def reprice(late_price: float, weight: float, late_share: float, allowed: float) -> float:
-    """The price of lateness after some more requests.
-
-    Args:
-        weight: how many they were, in mean five-second bins.
-        late_share: of them. allowed: the share that may be late.
-    """
-    change = REPRICE * min(3.0, weight) * (late_share - MARGIN * allowed) * (0.01 / allowed)
-    return min(PRICES[1], max(PRICES[0], late_price * math.exp(change)))

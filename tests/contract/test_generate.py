@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,48 @@ def test_joining_and_leaving_a_running_batch_changes_nobody(lm: Loaded) -> None:
         assert text_of(lm.driver.wait(request_id)) == lm.expected(prompt, max_tokens), request_id
     assert lm.engine.stats().running == lm.engine.stats().waiting == 0
     assert lm.engine.stats().kv_used == 0
+
+
+def test_prompts_half_computed_change_nobody(tmp_path: Path) -> None:
+    """Documents of three flows in chunks, questions and several choices between them."""
+    loaded = Loaded(tmp_path, "llama", prefill_chunk_tokens=32, max_batch=16)
+    draw = random.Random(5)
+    wanted: dict[str, tuple[str, int, int]] = {}
+    for i in range(60):
+        prompt = f"{i} " + "lorem ipsum " * draw.choice([0, 1, 2, 9, 17])
+        n, max_tokens = draw.choice([1, 1, 1, 3]), draw.choice([1, 4, 20])
+        sampling = Sampling(temperature=0, max_tokens=max_tokens)
+        request = GenerateRequest(prompt=prompt, sampling=sampling, n=n, flow=draw.choice("abc"))
+        loaded.engine.submit(f"{i}", request)
+        if draw.random() < 0.15:
+            loaded.engine.cancel(f"{i}")
+        else:
+            wanted[f"{i}"] = (prompt, max_tokens, n)
+        if i % 15 == 14:
+            loaded.driver.wait(list(wanted)[-1])
+    for request_id, (prompt, max_tokens, n) in wanted.items():
+        events = loaded.driver.wait(request_id)
+        for choice in range(n):
+            assert text_of(events, choice) == loaded.expected(prompt, max_tokens), request_id
+    stats = loaded.engine.stats()
+    assert (stats.running, stats.waiting, stats.kv_used) == (0, 0, 0)
+    loaded.engine.close()
+
+
+def test_a_document_does_not_keep_anothers_question_waiting(lm: Loaded) -> None:
+    document = GenerateRequest(prompt="z" * 400, sampling=GREEDY, flow="reports")
+    question = GenerateRequest(prompt="why?", sampling=GREEDY, flow="chat")
+    lm.engine.submit("held", GenerateRequest(prompt="x", sampling=GREEDY))  # a turn under way
+    for name in ("document", "next document"):
+        lm.engine.submit(name, document)
+    lm.engine.submit("question", question)
+    ends = {name: lm.driver.wait(name)[-1] for name in ("document", "next document", "question")}
+    began = {}
+    for name, end in ends.items():
+        assert isinstance(end, Completed)
+        at = end.timings
+        began[name] = at.started_s + at.queue_s + at.prefill_s
+    assert began["question"] < began["document"] < began["next document"]
 
 
 def test_kv_cache_stays_within_its_budget_and_queues_the_rest(tmp_path: Path) -> None:

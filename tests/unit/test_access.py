@@ -247,6 +247,21 @@ class TestMatrix:
             door.touch()
         assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [200] * 3
 
+    async def test_products_are_served_in_turn(self, closed: Served, tmp_path: Path) -> None:
+        """The second request of one waits for the first of another, which came after it."""
+        gate, door, asked = closed.service.gate, tmp_path / "door", []
+        for number, product in enumerate(("reports", "reports", "chat"), start=1):
+            mark = tmp_path / f"{number}-{product}"
+            program = f"touch:{mark} wait:{door}" if number == 1 else f"touch:{mark}"
+            body = {"model": "test", "messages": [{"role": "user", "content": program}]}
+            whose = passport(product=product, criticality="critical")
+            given = {"x-nearfield-passport": GATEWAYS.sign(whose).decode()}
+            asked.append(asyncio.create_task(closed.client.post(CHAT, json=body, headers=given)))
+            await until(lambda number=number: gate.running + gate.waiting == number)
+        door.touch()
+        assert [answer.status_code for answer in await asyncio.gather(*asked)] == [200] * 3
+        assert _in_order_of_writing(tmp_path, "*-*") == ["1-reports", "3-chat", "2-reports"]
+
     async def test_telemetry_knows_the_tenant_and_not_the_key(
         self, closed: Served, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -256,6 +271,11 @@ class TestMatrix:
         assert caplog.records[-1].__dict__["tenant"] == "acme"
         secret = headers["authorization"].rpartition("_")[2]
         assert all(secret not in str(record.__dict__) for record in caplog.records)
+
+
+def _in_order_of_writing(folder: Path, pattern: str) -> list[str]:
+    paths = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
+    return [path.name for path in paths]
 
 
 def admitted(access: Access, headers: dict[bytes, bytes]) -> bool:

@@ -36,6 +36,22 @@ async def test_runs_up_to_the_bound_and_queues_behind_it_in_order() -> None:
     assert (order, gate.running, gate.waiting, gate.queue_age_s) == ([0, 1, 2, 3], 0, 0, 0)
 
 
+async def test_flows_take_turns_by_what_they_ask_for() -> None:
+    gate = Gate(max_running=1, max_queued=20)
+    order: list[str] = []
+
+    async def one(flow: str, cost: float) -> None:
+        with gate.place() as place:
+            await place.turn(flow, cost)
+            order.append(flow)
+            await asyncio.sleep(0)
+
+    asked = [("a", 3.0)] * 4 + [("b", 1.0)] * 6 + [("c", 3.0)]
+    await asyncio.gather(*(one(flow, cost) for flow, cost in asked))
+    assert "".join(order) == "abcbbabbbaa"
+    assert gate.room == 21
+
+
 async def test_a_place_that_never_asks_for_its_turn_is_given_back() -> None:
     gate = Gate(max_running=1, max_queued=0)
     with pytest.raises(ValueError), gate.place():

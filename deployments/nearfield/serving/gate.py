@@ -1,7 +1,8 @@
 """Admission: at most so many requests inside the engine, so many behind them, the rest refused.
 
 A request takes a `Place` before its body is read, so that a refusal costs nothing, waits for its
-`turn` in order of arrival, and gives the place back on every way out.
+`turn`, and gives the place back on every way out. Turns go round (`policy.fair`): who sends much
+waits behind itself, and within one flow the order is that of arrival.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
 from typing import Self
 
 from nearfield.core.errors import RateLimited
+from nearfield.policy.fair import FairQueue
 
 SMOOTHING = 0.1
 """Weight of the newest service time in the mean that Retry-After is computed from."""
@@ -33,7 +34,7 @@ class Gate:
         self._waited = [0] * len(WAITS_S)
         self._max_running = max_running
         self._max_queued = max_queued
-        self._queue: deque[Place] = deque()
+        self._queue: FairQueue[Place] = FairQueue()
         self._service_s = 0.0
 
     @property
@@ -48,11 +49,9 @@ class Gate:
 
     @property
     def queue_age_s(self) -> float:
-        """How long the request at the head of the queue has waited for its turn."""
-        for place in self._queue:
-            if place.queued_s is not None:
-                return time.monotonic() - place.queued_s
-        return 0.0
+        """How long the oldest request in the queue has waited for its turn."""
+        since = [place.queued_s for place in self._queue if place.queued_s is not None]
+        return time.monotonic() - min(since) if since else 0.0
 
     def totals(self) -> dict[str, float]:
         """What scaling goes by. Those called `_total` only grow: requests that came, were refused,
@@ -102,18 +101,19 @@ class Gate:
         expected_s = self._service_s * max(1, self.waiting) / self._max_running
         return float(min(MAX_RETRY_AFTER_S, max(1, math.ceil(expected_s))))
 
-    async def _enter(self, place: Place) -> None:
-        if self.running >= self._max_running:
+    async def _enter(self, place: Place, flow: str, cost: float) -> None:
+        self._queue.push(place, flow, cost)
+        if self.running < self._max_running:
+            self._queue.pop()  # nobody else waits; and its flow has had this
+            self._count()
+            self.running += 1
+        else:
             place.queued_s = time.monotonic()
             place.called = asyncio.get_running_loop().create_future()
-            self._queue.append(place)
             await place.called  # whoever leaves hands its turn over
             waited_s = time.monotonic() - place.queued_s
             for i, wait_s in enumerate(WAITS_S):
                 self._waited[i] += waited_s > wait_s
-        else:
-            self._count()
-            self.running += 1
         place.entered_s = time.monotonic()
 
     def _leave(self, place: Place) -> None:
@@ -125,13 +125,11 @@ class Gate:
         elif called is None:
             return  # never asked for its turn
         elif not called.done() or called.cancelled():
-            if place in self._queue:
-                self._queue.remove(place)
+            self._queue.remove(place)
             return
         self._count()
         self.running -= 1
-        while self._queue and self.running < self._max_running:
-            following = self._queue.popleft()
+        while self.running < self._max_running and (following := self._queue.pop()) is not None:
             assert following.called is not None
             if not following.called.done():
                 self.running += 1
@@ -150,9 +148,13 @@ class Place:
         self.queued_s: float | None = None
         self.entered_s: float | None = None
 
-    async def turn(self) -> None:
-        """Wait until there is room inside the engine."""
-        await self._gate._enter(self)
+    async def turn(self, flow: str = "", cost: float = 1.0) -> None:
+        """Wait until there is room inside the engine, and it is this flow's turn.
+
+        Args:
+            cost: of this request, in the same unit as of all others; above 0.
+        """
+        await self._gate._enter(self, flow, cost)
 
     def release(self) -> None:
         """Give the place back. May be called again."""

@@ -63,6 +63,8 @@ class Exchange:
         headers: the request's, names in lower case; of repeated ones the last.
         deadline_s: when the answer must be complete, on `time.monotonic()`.
         queue_share: of the replica's queue that this request may fill.
+        flow: whose it is: a product, or a tenant; they are served in turn.
+        size: bytes of its body, once that is read.
         record: what telemetry will be told.
         started: the status line has been sent; an error can no longer have one of its own.
     """
@@ -73,10 +75,12 @@ class Exchange:
         "_shows_request_id",
         "_stream_error",
         "deadline_s",
+        "flow",
         "headers",
         "path_params",
         "queue_share",
         "record",
+        "size",
         "started",
     )
 
@@ -99,6 +103,8 @@ class Exchange:
         self.record = record
         self.deadline_s = deadline_s
         self.queue_share = 1.0
+        self.flow = ""
+        self.size = 0
         self.started = False
         self._stream_error: ErrorBody | None = None
 
@@ -156,6 +162,7 @@ class Exchange:
                 raise _too_large(max_bytes)
             chunks.append(chunk)
             if not message.get("more_body", False):
+                self.size = size
                 return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     # ---- the answer -------------------------------------------------------------------------
@@ -343,6 +350,7 @@ class Endpoint:
             return math.inf
         caller = access.admit(exchange.headers, self._door)
         exchange.queue_share = caller.queue_share
+        exchange.flow = caller.product or caller.tenant
         attributes = exchange.record.attributes
         attributes[names.TENANT] = caller.tenant
         attributes[names.KEY_ID] = caller.key_id

@@ -200,7 +200,10 @@ class Answer:
         self._record = exchange.record
         self._whole = whole
         deadline_s = exchange.deadline_s
-        self._requests = [replace(request, deadline_s=deadline_s) for request in requests]
+        self._requests = [
+            replace(request, deadline_s=deadline_s, flow=exchange.flow) for request in requests
+        ]
+        self._turn = exchange.flow, max(1.0, exchange.size / len(requests))
         self._exits = ExitStack()
         self._places = [place]
         try:
@@ -241,7 +244,7 @@ class Answer:
 
     async def _begin(self) -> None:
         if len(self._requests) == 1:
-            await self._places[0].turn()
+            await self._places[0].turn(*self._turn)
             self._flight = self._host.open(self._requests[0], whole=self._whole)
             self._exits.callback(self._flight.close)
             return
@@ -252,7 +255,7 @@ class Answer:
     async def _relay(self, index: int, request: Request, place: Place) -> None:
         """One of several requests, in a task of its own."""
         try:
-            await place.turn()
+            await place.turn(*self._turn)
             with self._host.open(request, whole=self._whole) as flight:
                 async for events in flight:
                     self._arrived.put_nowait([(index, event) for event in events])

@@ -69,6 +69,7 @@ class GenerateRequest:
         n: how many choices; events carry the choice's index.
         echo: completions only: the prompt's text comes back first.
         deadline_s: absolute, on this host's `time.monotonic()` clock.
+        flow: whose it is, where those who share a replica are served in turn (`policy.fair`).
     """
 
     messages: tuple[dict[str, Any], ...] | None = None
@@ -80,6 +81,7 @@ class GenerateRequest:
     n: int = 1
     echo: bool = False
     deadline_s: float | None = None
+    flow: str = ""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     task: ClassVar[Task] = "generate"
 
@@ -91,6 +93,7 @@ class EmbedRequest:
     inputs: tuple[str, ...] | tuple[tuple[int, ...], ...]
     dimensions: int | None = None
     deadline_s: float | None = None
+    flow: str = ""
     task: ClassVar[Task] = "embed"
 
 
@@ -105,6 +108,7 @@ class TensorRequest:
     outputs: tuple[str, ...] = ()
     parameters: dict[str, Any] = field(default_factory=dict)
     deadline_s: float | None = None
+    flow: str = ""
     task: ClassVar[Task] = "tensor"
 
 

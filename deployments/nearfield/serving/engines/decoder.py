@@ -81,6 +81,13 @@ class KVSlab:
         for layer in self.layers:
             layer[:, target, :, :length] = layer[:, source, :, :length]
 
+    def swap(self, a: int, b: int, length: int) -> None:
+        """Exchange two rows, `length` columns of them."""
+        for layer in self.layers:
+            kept = layer[:, a, :, :length].clone()
+            layer[:, a, :, :length] = layer[:, b, :, :length]
+            layer[:, b, :, :length] = kept
+
 
 @dataclass(frozen=True, slots=True)
 class Span:

@@ -1,9 +1,12 @@
 """Text generation with continuous batching: sequences join and leave the batch at every step.
 
-One thread owns the model. Each turn of its loop takes what has arrived, admits what fits
-(`policy.admission`), computes at most `prefill_chunk_tokens` of new prompts, and then one decode
-step over every running sequence; the step's tokens leave as one list of events. Tokenising and
-grammar compilation happen before, on the thread that submits.
+One thread owns the model. Each turn of its loop takes what has arrived, computes at most
+`prefill_chunk_tokens` of the prompts whose turn it is (`turns`) and which fit (`policy.admission`),
+and then one decode step over every running sequence; the step's tokens leave as one list of events.
+Tokenising and grammar compilation happen before, on the thread that submits.
+
+Rows of the cache: running sequences are 0..n-1, prompts that are half computed follow, and those
+that begin are computed behind them.
 """
 
 from __future__ import annotations
@@ -43,8 +46,9 @@ from nearfield.serving.engines.decoder import Span
 from nearfield.serving.engines.grammar import GrammarCompiler, Matcher
 from nearfield.serving.engines.prompt import prepare
 from nearfield.serving.engines.sampling import Chooser, Chosen, choose
-from nearfield.serving.engines.sequence import Group, Prefill, Running
+from nearfield.serving.engines.sequence import Group, Half, Running
 from nearfield.serving.engines.text import StopScanner, TextModel
+from nearfield.serving.engines.turns import Turns
 
 log = logging.getLogger("nearfield.engine")
 
@@ -70,9 +74,10 @@ class GenerateEngine(ThreadEngine[Group]):
         tool_format = detect(self.text.template_source or "")
         self._grammars = GrammarCompiler(self.text, self.decoder.vocab_size, tool_format)
         self._arrivals: deque[Group] = deque()
-        self._waiting: deque[Group] = deque()
+        self._turns = Turns(self._spec.prefill_chunk_tokens)
         self._sequences: list[Running] = []
-        self._prefill: Prefill | None = None
+        self._halves: list[Half] = []
+        self._fresh: list[Group] = []  # prompts that are computed whole, in this turn
         self._warm_up()
         self.start_thread()
         return Capabilities(
@@ -103,12 +108,11 @@ class GenerateEngine(ThreadEngine[Group]):
 
     def stats(self) -> EngineStats:
         with self._wake:
-            waiting = [*self._waiting, *self._arrivals]
+            waiting = [*self._turns.waiting, *self._arrivals]
         oldest = min((g.arrived_s for g in waiting), default=None)
         sequences = list(self._sequences)
         return EngineStats(
-            running=len({id(s.group) for s in sequences})
-            + (len(self._prefill.groups) if self._prefill else 0),
+            running=len({s.group for s in sequences}) + len(self._halves) + len(self._fresh),
             waiting=len(waiting),
             queue_age_s=0.0 if oldest is None else time.monotonic() - oldest,
             kv_used=sum(s.length for s in sequences),
@@ -196,7 +200,7 @@ class GenerateEngine(ThreadEngine[Group]):
                     if self._closed:
                         return
                     while self._arrivals:
-                        self._waiting.append(self._arrivals.popleft())
+                        self._turns.add(self._arrivals.popleft())
                 try:
                     self._turn()
                 except Exception as error:
@@ -207,32 +211,30 @@ class GenerateEngine(ThreadEngine[Group]):
 
     @property
     def _busy(self) -> bool:
-        return bool(self._sequences or self._waiting or self._prefill)
+        return bool(self._sequences or self._turns)
 
     def _turn(self) -> None:
         events: list[tuple[str, Event]] = []
         self._drop_ended(events)
-        self._join()
-        if self._prefill is not None:
-            self._prefill_step(self._prefill, events)
-            if events:  # a first token does not wait for the next step
-                self._emit(events)
-                events = []
+        self._compute_prompts(events)
+        if events:  # a first token does not wait for the next step
+            self._emit(events)
+            events = []
         if self._sequences:
             self._decode_step(events)
         if events:
             self._emit(events)
 
     def _fail_batch(self, error: Exception) -> None:
-        groups = {s.group.request_id: s.group for s in self._sequences}
-        if self._prefill is not None:
-            groups |= {g.request_id: g for g in self._prefill.groups}
-        self._sequences, self._prefill = [], None
+        halves = [half.group for half in self._halves]
+        groups = {s.group: None for s in self._sequences} | dict.fromkeys([*halves, *self._fresh])
+        self._sequences, self._halves, self._fresh = [], [], []
         message = "The model failed on this request."
         if isinstance(error, torch.OutOfMemoryError):
             message = "The model ran out of memory on this request. Send a shorter one."
         events: list[tuple[str, Event]] = []
-        for group in groups.values():
+        for group in groups:
+            self._turns.remove(group)
             self._end(group, Failed(EngineFailed(message)), events)
         self._emit(events)
 
@@ -260,20 +262,20 @@ class GenerateEngine(ThreadEngine[Group]):
             group.cancelled = True
             return True
 
-        if any(over(group) for group in self._waiting):
-            self._waiting = deque(group for group in self._waiting if not group.cancelled)
+        for group in self._turns.waiting:
+            if over(group):
+                self._turns.remove(group)
         for row in range(len(self._sequences) - 1, -1, -1):
             if over(self._sequences[row].group):
                 self._leave(row)
-        if (job := self._prefill) is not None:
-            first = len(self._sequences)
-            for index in range(len(job.groups) - 1, -1, -1):
-                if over(job.groups[index]):
-                    self._move(first + len(job.groups) - 1, first + index, job.done)
-                    job.groups[index] = job.groups[-1]
-                    job.groups.pop()
-            if not job.groups:
-                self._prefill = None
+        first = len(self._sequences)
+        for index in range(len(self._halves) - 1, -1, -1):
+            if over(self._halves[index].group):
+                self._turns.remove(self._halves[index].group)
+                last = self._halves.pop()
+                if index < len(self._halves):
+                    self._move(first + len(self._halves), first + index, last.done)
+                    self._halves[index] = last
 
     def _move(self, source: int, target: int, length: int) -> None:
         if source != target and length:
@@ -287,83 +289,138 @@ class GenerateEngine(ThreadEngine[Group]):
         self._move(last, row, self._sequences[last].length)
         self._sequences[row] = self._sequences[last]
         self._sequences.pop()
-        if (job := self._prefill) is not None:
-            # The prompts being computed sit behind: the last of them fills the row set free.
-            self._move(last + len(job.groups), last, job.done)
-            job.groups.insert(0, job.groups.pop())
+        if self._halves:  # they sit behind: the last of them fills the row set free
+            half = self._halves.pop()
+            self._move(last + 1 + len(self._halves), last, half.done)
+            self._halves.insert(0, half)
 
-    def _join(self) -> None:
-        """Start computing the prompts that may join now."""
-        if self._prefill is not None or not self._waiting:
-            return
+    def _compute_prompts(self, events: list[tuple[str, Event]]) -> None:
+        """One forward pass over the prompts whose turn it is, if there are any."""
         slab = self.decoder.slab
         reserved = [s.group.reserved_tokens for s in self._sequences]
-        waiting = [(g.request.n, g.reserved_tokens) for g in self._waiting]
-        joining, columns = admit(
-            reserved,
-            waiting,
-            kv_tokens=slab.kv_tokens,
-            max_rows=self._spec.max_batch,
-            columns=slab.columns,
-        )
-        if not joining:
-            return
-        groups: list[Group] = []
-        budget = self._spec.prefill_chunk_tokens
-        width = 0
-        for group in list(self._waiting)[:joining]:
-            width = max(width, len(group.prompt))
-            if groups and width * (len(groups) + 1) > budget:
-                break
-            groups.append(group)
-        for _ in groups:
-            self._waiting.popleft()
-        if columns != slab.columns:
-            longest = max((s.length for s in self._sequences), default=0)
-            slab.reshape(columns, len(self._sequences), longest)
-        now_s = time.monotonic()
-        for group in groups:
-            group.joined_s = now_s
-        self._prefill = Prefill(groups)
+        for begun in self._halves:
+            reserved += [begun.group.reserved_tokens] * begun.group.request.n
+        columns = slab.columns
 
-    def _prefill_step(self, job: Prefill, events: list[tuple[str, Event]]) -> None:
-        first, count = len(self._sequences), len(job.groups)
-        width = min(
-            _rounded_up(job.width - job.done),
-            max(1, self._spec.prefill_chunk_tokens // count),
-            self.decoder.slab.columns - job.done,
-        )
-        stop = job.done + width
-        device = self.decoder.device
-        tokens = torch.zeros((count, width), dtype=torch.long)
-        for row, group in enumerate(job.groups):
-            part = group.prompt[job.done : stop]
-            tokens[row, : len(part)] = torch.tensor(part)
-        last = torch.tensor([len(group.prompt) - 1 - job.done for group in job.groups])
-        logits = self.decoder.forward(
-            tokens.to(device), Span(first, job.done, stop), last.clamp(0, width - 1).to(device)
-        )
-        self._steps += 1
-        job.done = stop
-        if job.done < job.width:
+        def fits(group: Group) -> bool:
+            nonlocal columns
+            each, count = group.reserved_tokens, group.request.n
+            joining, wanted = admit(
+                reserved,
+                [(count, each)],
+                kv_tokens=slab.kv_tokens,
+                max_rows=self._spec.max_batch,
+                columns=columns,
+            )
+            if joining:
+                columns = wanted
+                reserved.extend([each] * count)
+            return bool(joining)
+
+        groups = self._turns.take(fits)
+        if not groups:
             return
-        self._prefill = None
-        new: list[Running] = []
-        copies: list[tuple[int, Group, int]] = []
-        for row, group in enumerate(job.groups):
-            new.append(self._sequence(group, 0))
-            copies += [(row, group, choice) for choice in range(1, group.request.n)]
-        for row, group, choice in copies:
-            self._move(first + row, first + len(new), len(group.prompt))
-            new.append(self._sequence(group, choice))
+        half = next((h for h in self._halves if h.group is groups[0]), None)
+        if half is None:
+            self._fresh = groups
+            for group in groups:
+                group.joined_s = time.monotonic()
+        behind = len(self._sequences) + len(self._halves)
+        if columns != slab.columns:
+            lengths = [*(s.length for s in self._sequences), *(h.done for h in self._halves)]
+            slab.reshape(columns, behind, max(lengths, default=0))
+        if half is None and len(groups[0].prompt) > self._spec.prefill_chunk_tokens:
+            half = Half(groups[0])
+            self._halves.append(half)
+            self._fresh = []
+        if half is None:
+            logits = self._forward(groups, behind, 0)
+            self._fresh = []
+        else:
+            row, done = len(self._sequences) + self._halves.index(half), half.done
+            logits = self._forward(groups, row, done)
+            half.done += self._width(groups, done)
+            if half.done < len(half.group.prompt):
+                return
+            self._put_last(half)
+            self._halves.pop()
+        self._start(logits, groups, events)
+
+    def _width(self, groups: list[Group], done: int) -> int:
+        """How many columns of these prompts are computed next."""
+        widest = max(len(group.prompt) for group in groups)
+        return min(
+            _rounded_up(widest - done),
+            max(1, self._spec.prefill_chunk_tokens // len(groups)),
+            self.decoder.slab.columns - done,
+        )
+
+    def _forward(self, groups: list[Group], first: int, done: int) -> torch.Tensor:
+        """Compute the next columns of these prompts, in rows `first`..; logits, [groups, vocab]."""
+        width = self._width(groups, done)
+        device = self.decoder.device
+        tokens = torch.zeros((len(groups), width), dtype=torch.long)
+        for row, group in enumerate(groups):
+            part = group.prompt[done : done + width]
+            tokens[row, : len(part)] = torch.tensor(part)
+        last = torch.tensor([len(group.prompt) - 1 - done for group in groups])
+        self._steps += 1
+        return self.decoder.forward(
+            tokens.to(device),
+            Span(first, done, done + width),
+            last.clamp(0, width - 1).to(device),
+        )
+
+    def _put_last(self, half: Half) -> None:
+        """Behind the others that are half computed."""
+        first, index, last = len(self._sequences), self._halves.index(half), len(self._halves) - 1
+        if index != last:
+            other = self._halves[last]
+            self.decoder.slab.swap(first + index, first + last, max(half.done, other.done))
+            self._halves[index], self._halves[last] = other, half
+
+    def _start(
+        self, logits: torch.Tensor, groups: list[Group], events: list[tuple[str, Event]]
+    ) -> None:
+        """These prompts are computed, in the rows behind those of the halves: they run."""
+        first, count = len(self._sequences), len(groups)
+        if self._halves:
+            order = self._before_halves(groups)
+            groups, logits = [groups[i] for i in order], logits[order]
+        copies = [
+            (row, choice)
+            for row, group in enumerate(groups)
+            for choice in range(1, group.request.n)
+        ]
+        for i in range(len(self._halves) - 1, -1, -1):
+            self._move(first + count + i, first + count + len(copies) + i, self._halves[i].done)
+        new = [self._sequence(group, 0) for group in groups]
+        for row, choice in copies:
+            self._move(first + row, first + len(new), len(groups[row].prompt))
+            new.append(self._sequence(groups[row], choice))
         self._sequences += new
         if copies:
-            logits = torch.cat([logits, logits[[row for row, _, _ in copies]]])
+            logits = torch.cat([logits, logits[[row for row, _ in copies]]])
         chosen = choose(logits, [s.chooser for s in new])
         now_s = time.monotonic()
-        for group in job.groups:
+        for group in groups:
             group.first_token_s = now_s
         self._accept(first, chosen, events)
+
+    def _before_halves(self, groups: list[Group]) -> list[int]:
+        """Exchange the rows of these prompts with those of the halves, which are before them; the
+        order in which they are then. As few rows as possible change places."""
+        first, count, halves = len(self._sequences), len(groups), len(self._halves)
+        changing = min(count, halves)
+        for i in range(changing):
+            prompt = groups[max(0, count - halves) + i].prompt
+            length = max(len(prompt), self._halves[i].done)
+            self.decoder.slab.swap(first + i, first + max(count, halves) + i, length)
+        order = list(range(count))
+        if count <= halves:
+            self._halves = self._halves[count:] + self._halves[:count]
+            return order
+        return order[-changing:] + order[:-changing]
 
     def _sequence(self, group: Group, choice: int) -> Running:
         matcher = group.matcher

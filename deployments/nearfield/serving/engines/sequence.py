@@ -66,7 +66,7 @@ class Running:
         return event
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Group:
     """A request: its prompt, its sequences, and when things happened (monotonic seconds)."""
 
@@ -90,15 +90,11 @@ class Group:
 
 
 @dataclass(slots=True)
-class Prefill:
-    """Prompts being computed: rows n.. of the batch, `done` columns of each."""
+class Half:
+    """A prompt of which `done` columns are computed. Its row is behind those of the sequences."""
 
-    groups: list[Group]
+    group: Group
     done: int = 0
-
-    @property
-    def width(self) -> int:
-        return max(len(group.prompt) for group in self.groups)
 
 
 def _logprob(chosen: Chosen, words: TextModel) -> TokenLogprob:

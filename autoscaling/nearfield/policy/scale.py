@@ -436,25 +436,28 @@ def _place(
             count = max(member.before, pool.min_replicas)
             # What it has, but for those that wait for a machine.
             gives = min(count, member.good + member.coming) if _refused(member) else count
-            more = max(0, min(needed - gives, _most(member, now_s) - count))
+            more = max(0, min(needed - gives, _most(member) - count))
             needed = max(0, needed - gives - more)
             counts[pool.name] = max(pool.min_replicas, min(pool.max_replicas, count + more))
             notes[pool.name] = f"{counts[pool.name]}: {wanted.why}"
         return
     dearest = max(m.usd / m.work_s for m in members if m.work_s is not NO_DATA)
-    offers = [_offer(m, dearest / (OUTAGES * spec.max_late), now_s) for m in members]
+    offers = [_offer(m, dearest / (OUTAGES * spec.max_late)) for m in members]
     # However little is wanted, somebody must be there.
     goal = max(wanted.work_s, 0.5 * min(o.work_s for o in offers))
     chosen = _bought(members, offers, goal, wanted.least_s)
     kept = _kept(members, goal, chosen)
+    tried = _tried(members, chosen, now_s)
     for i, member in enumerate(members):
-        pool, count, why = member.spec, chosen[i] + kept[i], wanted.why
+        pool, why = member.spec, wanted.why
+        count = min(chosen[i] + kept[i] + tried[i], pool.max_replicas)
         if not wanted.may_fall and member.before > count:
             count, why = min(member.before, pool.max_replicas), f"{why}; requests wait: none goes"
         if kept[i]:
             why += f"; {kept[i]} stay until others serve"
         if offers[i].most < pool.max_replicas:
             why += f"; at most {offers[i].most} can be had: starts were refused or are overdue"
+            why += ", one more is tried" if tried[i] else ""
         counts[pool.name] = count
         notes[pool.name] = f"{count}: {why}"
 
@@ -464,18 +467,37 @@ def _refused(member: _Member) -> bool:
     return member.pool.trust.backoff_s > 0.0
 
 
-def _most(member: _Member, now_s: float) -> int:
-    """What one pool can have now: all it may have, unless it is refused."""
+def _most(member: _Member) -> int:
+    """What one pool can be counted on for: all it may have, or what it has where it is refused."""
     most = member.spec.max_replicas
     if _refused(member):
-        # What it has; and one to find out, once the time has come or if it waits there already.
-        waiting = member.signals is not None and len(member.signals.starting) > member.coming
-        ask = waiting or (now_s >= member.pool.trust.blocked_s and not member.coming)
-        most = min(most, member.good + member.coming + ask)
+        most = min(most, member.good + member.coming)
     return max(most, member.spec.min_replicas)
 
 
-def _offer(member: _Member, missing_usd: float, now_s: float) -> mix.Offer:
+def _tries(member: _Member, now_s: float) -> bool:
+    """Whether one more is to find out if a pool that was refused can be had again: once the time
+    has come, or if it waits there already."""
+    if not _refused(member):
+        return False
+    waits = member.signals is not None and len(member.signals.starting) > member.coming
+    return waits or (now_s >= member.pool.trust.blocked_s and not member.coming)
+
+
+def _tried(members: list[_Member], chosen: list[int], now_s: float) -> list[int]:
+    """One each of the refused pools that would do the work for less than what was bought.
+
+    They come on top: what may never start replaces nothing.
+    """
+    prices = [math.inf if m.work_s is NO_DATA else m.usd / m.work_s for m in members]
+    dearest = max((p for p, n in zip(prices, chosen, strict=True) if n), default=math.inf)
+    return [
+        int(price < dearest and _tries(member, now_s))
+        for price, member in zip(prices, members, strict=True)
+    ]
+
+
+def _offer(member: _Member, missing_usd: float) -> mix.Offer:
     """What one pool can give now, and the price of being exposed to its losses.
 
     Args:
@@ -483,7 +505,7 @@ def _offer(member: _Member, missing_usd: float, now_s: float) -> mix.Offer:
     """
     pool, trust = member.spec, member.pool.trust
     assert member.work_s is not NO_DATA
-    most = _most(member, now_s)
+    most = _most(member)
     have = min(member.good + member.coming, most)
     exposed_usd = 0.0
     if pool.kind == "spot":
@@ -574,13 +596,15 @@ def _afford(
     leaving = math.fsum(
         m.usd * (m.signals.draining + len(m.signals.notices)) for m in members if m.signals
     )
-    fitting = mix.within(
-        spec.max_usd_per_hour - leaving,
-        [counts[m.spec.name] for m in members],
-        [m.usd for m in members],
-        [m.spec.min_replicas for m in members],
-        [1.0 if m.work_s is NO_DATA else m.work_s for m in members],
-    )
+    usd, least = [m.usd for m in members], [m.spec.min_replicas for m in members]
+    work_s = [1.0 if m.work_s is NO_DATA else m.work_s for m in members]
+    budget_usd = spec.max_usd_per_hour - leaving
+    fitting = mix.within(budget_usd, [counts[m.spec.name] for m in members], usd, least, work_s)
+    # What runs and is given up now costs until it is drained: nothing new is started meanwhile.
+    for m, count in zip(members, fitting, strict=True):
+        budget_usd -= m.usd * max(0, m.good - count)
+    stay = [max(b, min(m.good, n)) for m, n, b in zip(members, fitting, least, strict=True)]
+    fitting = mix.within(budget_usd, fitting, usd, stay, work_s)
     for member, count in zip(members, fitting, strict=True):
         name = member.spec.name
         if count < counts[name]:

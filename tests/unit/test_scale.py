@@ -137,6 +137,31 @@ def test_a_pool_whose_starts_are_overdue_is_replaced_and_tried_again() -> None:
     assert counts["spot"] == 1  # waits for a machine: how it is noticed that there are some again
 
 
+def test_what_waits_for_a_machine_replaces_nothing() -> None:
+    """Two pools without machines wait on top of what does the work, and stay."""
+    pools = [
+        PoolSpec(name, max_replicas=4, usd_per_hour=usd, boot_s=5.0)
+        for name, usd in [("tpu", 1.0), ("spot", 2.0), ("steady", 3.0)]
+    ]
+    spec = ScalingSpec(tuple(pools), hold_s=5.0)
+    state, counts, asked = State(), {"tpu": 1, "spot": 1, "steady": 1}, set[tuple[int, ...]]()
+    for second in range(300):
+        signals = tuple(
+            PoolSignals(
+                pool.name, running, starting=(math.inf,) * (counts[pool.name] - running),
+                ongoing=1.0 * running, queued=0.0, arrivals=5.0 * running, late=0.0,
+                replica_work_s=10.0,
+            )
+            for pool in pools
+            if (running := counts[pool.name] if pool.name == "steady" else 0) >= 0
+        )  # fmt: skip
+        decision, state = step(Signals(float(second), signals), state, spec)
+        counts = {t.name: t.replicas for t in decision.targets}
+        asked.add(tuple(counts.values()))
+    assert {(tpu, spot) for tpu, spot, _ in asked} == {(1, 1)}
+    assert counts["steady"] >= 1
+
+
 def test_a_pool_whose_first_replica_finds_no_machine_is_replaced_at_once() -> None:
     """Before any speed is known, too: the cloud is out of spot when the first request comes."""
     spot = PoolSpec("spot", kind="spot", max_replicas=9, usd_per_hour=1.0)

@@ -80,3 +80,15 @@ def test_machines_and_prices_are_the_catalogues(path: Path) -> None:
         names = catalog.accelerators[known.accelerator].ray
         assert entry["labels"][cluster.ACCELERATOR] == names.accelerator_type
         assert names.resource in entry["resources"]
+
+
+def test_kuberays_pods_have_the_environment_that_serve_needs() -> None:
+    lines = (FOLDER.parent / "local" / "serve.env").read_text().splitlines()
+    wanted = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    spec = read(FOLDER / "kuberay.yaml")["spec"]
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    pods = [group["template"]["spec"]["containers"][0] for group in groups]
+    for env in (spec["autoscalerOptions"]["env"], *(pod["env"] for pod in pods)):
+        given = {each["name"]: each.get("value") for each in env}
+        assert {key: given[key] for key in wanted} == wanted
+        assert given["RAY_AUTH_MODE"] == "token"

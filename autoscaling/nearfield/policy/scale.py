@@ -65,7 +65,7 @@ __all__ = [
 
 REACT_S = 5.0
 """Added to a boot: what passes until a change is seen."""
-OUTAGES = 0.5
+OUTAGES = 0.25
 """Share of the allowed lateness that losses of spot capacity may spend. A pool whose losses alone
 would spend it is as dear as the dearest, which is never lost."""
 WARM_BINS = 3
@@ -485,16 +485,21 @@ def _tries(member: _Member, now_s: float) -> bool:
 
 
 def _tried(members: list[_Member], chosen: list[int], now_s: float) -> list[int]:
-    """One each of the refused pools that would do the work for less than what was bought.
+    """One each of the refused pools that would do the work for less than what was bought, and of
+    spot zones that would do it for the same: there is one more to spread over.
 
     They come on top: what may never start replaces nothing.
     """
     prices = [math.inf if m.work_s is NO_DATA else m.usd / m.work_s for m in members]
     dearest = max((p for p, n in zip(prices, chosen, strict=True) if n), default=math.inf)
     return [
-        int(price < dearest and _tries(member, now_s))
+        int(_tries(member, now_s) and (price < dearest or _spreads(member, price, dearest)))
         for price, member in zip(prices, members, strict=True)
     ]
+
+
+def _spreads(member: _Member, price: float, dearest: float) -> bool:
+    return member.spec.kind == "spot" and price <= mix.SAME_PRICE * dearest < math.inf
 
 
 def _offer(member: _Member, missing_usd: float) -> mix.Offer:

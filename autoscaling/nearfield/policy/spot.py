@@ -17,8 +17,10 @@ PRIOR_LOSSES, PRIOR_HOURS, PRIOR_SHARE = 0.5, 10.0, 0.5
 """Before any history: once in twenty hours half of what a zone has is taken back."""
 MEMORY_HOURS = 48.0
 """Hours of use after which history fades."""
-BACKOFF_S = (30.0, 900.0)
+BACKOFF_S = (30.0, 300.0)
 """How long a pool that refused a launch is let be: at first, and at most; doubled in between."""
+STEADY = 1.05
+"""By so much a zone must be fuller, lest replicas move whenever a loss is learnt or forgotten."""
 OVERDUE, OVERDUE_S = 2.0, 30.0
 """A replica that starts for longer than so many boots and so many seconds has found no machine."""
 
@@ -94,7 +96,8 @@ def spread(
 ) -> tuple[int, ...]:
     """`total` replicas over several zones: evenly, fewer where losses are frequent.
 
-    Those that are there stay, unless one zone has two more than its share: then one moves.
+    Those that are there stay, unless the fullest zone would still be no less full than another that
+    takes one from it: then one moves.
 
     Args:
         have, room, risks: by zone: replicas there, most that can be there, losses per hour.
@@ -118,7 +121,7 @@ def spread(
         counts[zone] += 1
     if (there := emptiest()) is not None:
         here = fullest()
-        if counts[here] / weights[here] >= (counts[there] + 2) / weights[there]:
+        if STEADY * (counts[there] + 1) / weights[there] < counts[here] / weights[here]:
             counts[here] -= 1
             counts[there] += 1
     return tuple(counts)

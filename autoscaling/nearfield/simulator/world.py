@@ -264,6 +264,7 @@ class World:
             self.scenario.start_s + now_s,
             tuple(pool.signals(now_s, tokens=scaler.tokens) for pool in scaler.pools),
         )
+        before_usd = usd(scaler.pools)
         decision, scaler.state = scaler.step(signals, scaler.state, scaler.spec)
         scaler.decisions += 1
         changed: dict[str, tuple[int, int]] = {}
@@ -300,7 +301,8 @@ class World:
                     break
         bill_usd = usd(scaler.pools)
         least_usd = sum(p.spec.min_replicas * 3600 * p.price_usd_s for p in scaler.pools)
-        allowed_usd = max(scaler.spec.max_usd_per_hour, least_usd) + forced_usd
+        # What Serve started by itself costs until it is drained: no decision may add to it.
+        allowed_usd = max(scaler.spec.max_usd_per_hour, least_usd, before_usd) + forced_usd
         if bill_usd > allowed_usd * (1 + 1e-9):
             raise InvariantError(
                 f"{scaler.region.name}/{scaler.model}: {bill_usd:.2f} USD an hour, and "

@@ -32,9 +32,18 @@ Row = tuple[float, int, int, float, float]
 
 
 async def record(
-    url: str, model: str, seconds: float, rates_rps: Sequence[float], *, seed: int
+    url: str,
+    model: str,
+    seconds: float,
+    rates_rps: Sequence[float],
+    *,
+    seed: int,
+    answer_tokens: tuple[int, int] = ANSWER_TOKENS,
 ) -> list[Row]:
     """Ask, `seconds` at each rate.
+
+    Args:
+        answer_tokens: the shortest answer and the longest.
 
     Raises:
         httpx.HTTPError: a request failed.
@@ -50,7 +59,7 @@ async def record(
         begun_s = time.perf_counter() + 0.2
         asked = []
         for due in due_s:
-            body = _body(model, rng.randint(*PROMPT_LETTERS), rng.randint(*ANSWER_TOKENS))
+            body = _body(model, rng.randint(*PROMPT_LETTERS), rng.randint(*answer_tokens))
             asked.append(_ask(client, url, body, begun_s, due))
         return sorted(await asyncio.gather(*asked))
 

@@ -14,12 +14,13 @@ an equation in (token_s, one_s, step_s, sequence_s, request_s) of `engine.Timing
 
 How an answer's iterations are divided depends on how long they take, so both are found in turns.
 
-They are solved for the least sum of relative errors, none of the timings below zero. The sum of
-errors and not of their squares, by weights that are found again each round (Holland and Welsch,
-"Robust regression using iteratively reweighted least-squares", 1977): a run has requests that a
-pause of the machine has hit. They do not say which timing is how long, but count in the mean: that
-is met in the end, by one factor for decoding and one for the rest. With five unknowns every set of
-those that are zero can be tried.
+They are solved for the least sum of errors, each as a share of its request's whole time, so that
+a first token of milliseconds does not outweigh an answer; none of the timings is below zero. The
+sum of errors and not of their squares, by weights that are found again each round (Holland and
+Welsch, "Robust regression using iteratively reweighted least-squares", 1977): a run has requests
+that a pause of the machine has hit. They do not say which timing is how long, but count in the
+mean: that is met in the end, by one factor for decoding and one for the rest. With five unknowns
+every set of those that are zero can be tried.
 """
 
 from __future__ import annotations
@@ -57,11 +58,13 @@ class Equation:
     """A time, and what it is made of.
 
     Attributes:
+        whole_s: of the request: what an error is measured by.
         tokens: of prompts. prompts: iterations that compute them. steps: those that decode.
         beside: seconds of the decoding by how many decoded. requests: whose way is in it.
     """
 
     took_s: float
+    whole_s: float
     tokens: float
     prompts: float = 0.0
     steps: float = 0.0
@@ -214,14 +217,18 @@ def _equations(run: Sequence[Measured], engine: s.Engine) -> list[Equation]:
         if r.came_s >= busy_until_s and next_s >= r.first_s:
             iterations = max(1, math.ceil(r.prompt / engine.prefill_chunk_tokens))
             waited_s = r.first_s - r.came_s
-            found.append(Equation(waited_s, float(r.prompt), float(iterations), requests=1.0))
+            whole_s = r.ended_s - r.came_s
+            found.append(
+                Equation(waited_s, whole_s, float(r.prompt), float(iterations), requests=1.0)
+            )
         busy_until_s = max(busy_until_s, r.ended_s)
         took_s = r.ended_s - r.first_s
         if r.answer > 1 and took_s > 0:
             later = bisect_right(firsts, r.ended_s)
             tokens = prompts[later] - prompts[bisect_right(firsts, r.first_s)]
             spans_s = beside.spans(r.first_s, r.ended_s)
-            found.append(Equation(took_s, float(tokens), steps=r.answer - 1.0, beside=spans_s))
+            steps = r.answer - 1.0
+            found.append(Equation(took_s, took_s, float(tokens), steps=steps, beside=spans_s))
     return [equation for equation in found if equation.took_s > 0]
 
 
@@ -248,14 +255,18 @@ class _Beside:
 
 
 def _solve(equations: Sequence[Equation], *, apart: bool) -> Found:
-    """Least squares of relative errors, nothing below zero."""
-    weights = [1.0] * len(equations)
+    """Least sum of errors, each as a share of its request's whole time, nothing below zero."""
+    shares = [e.took_s / e.whole_s for e in equations]
+    weights = shares
     found: Found | None = None
     for _ in range(ROUNDS):
         scaled = [tuple(x / e.took_s for x in e.factors(found, apart=apart)) for e in equations]
         found = _weighted(scaled, weights)
         errors = [abs(sum(x * v for x, v in zip(row, found, strict=True)) - 1.0) for row in scaled]
-        weights = [1.0 / math.sqrt(max(error, SMALL)) for error in errors]
+        weights = [
+            share / math.sqrt(max(share * error, SMALL))
+            for share, error in zip(shares, errors, strict=True)
+        ]
     assert found is not None
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -156,7 +157,9 @@ def settled(rate: float, boot_s: float, seconds: int = 1500) -> list[Decision]:
 def test_constant_load_settles_without_flapping(rate: float, boot_s: float) -> None:
     targets = [d.target("gpu").replicas for d in settled(rate, boot_s)]
     last = targets[-600:]
-    assert last == sorted(last, reverse=True)  # less as trust grows, never back and forth
+    # Less as trust grows; back by a few in a hundred at most, and not once a minute.
+    assert all(b - min(last[:i]) <= max(1.0, 0.06 * b) for i, b in enumerate(last) if i)
+    assert sum(a != b for a, b in pairwise(last)) <= 10
     assert last[0] - last[-1] <= max(1.0, 0.1 * last[-1])
     assert 10.0 * last[-1] >= rate
 

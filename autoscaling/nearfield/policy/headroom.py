@@ -49,8 +49,12 @@ then, and much of what is published changes then."""
 PHASES = int(PERIOD_S / TICK_S)
 PERIODS = 36.0
 """So many periods are remembered, ..."""
-PHASE_WEIGHT = 4.0
+PHASE_WEIGHT = 8.0
 """... and so many with errors like at any other time are believed before the first."""
+BEGINNING = 2 * PHASES
+"""Errors before these say nothing of a time: a beginning is no habit."""
+MOST_PHASE = 3.0
+"""An error counts as so many usual ones at most: one event is no habit."""
 LEAST_PHASE = 0.25
 """No time is taken to be calmer than this share of the whole."""
 
@@ -113,15 +117,17 @@ class Errors(NamedTuple):
         gain = max(
             TICK_S / LONG_SPREAD_S, 1.0 / (self.judged + max(PRIOR_TICKS, LEADS * lead_s / TICK_S))
         )
-        phase = _phase(now_s)
-        fade = 1.0 - 1.0 / PERIODS
-        prior = (1.0 - fade) * PHASE_WEIGHT
-        total, seen = self.phases[phase]
-        own = (total * fade + prior + size / usual, seen * fade + prior + 1.0)
+        phases = self.phases
+        if self.judged >= BEGINNING:
+            phase, fade = _phase(now_s), 1.0 - 1.0 / PERIODS
+            prior = (1.0 - fade) * PHASE_WEIGHT
+            total, seen = phases[phase]
+            own = (total * fade + prior + min(MOST_PHASE, size / usual), seen * fade + prior + 1.0)
+            phases = (*phases[:phase], own, *phases[phase + 1 :])
         return Errors(
             self.spread + TICK_S / max(SPREAD_S, LEADS * lead_s) * (size - self.spread),
             self.long_spread + gain * (size - self.long_spread),
-            (*self.phases[:phase], own, *self.phases[phase + 1 :]),
+            phases,
             tuple(shape),
             self.judged + 1,
         )

@@ -107,6 +107,7 @@ class Shadow(NamedTuple):
         wait_s: float,
         hold_s: float,
         keep: float,
+        counts: bool,
     ) -> Shadow:
         """So many seconds later, in which so much work came, if now so much is wanted."""
         backlog, late = self.backlog, 0.0
@@ -130,7 +131,11 @@ class Shadow(NamedTuple):
         while booting[0][0] < now_s - lead_s and len(booting) > 1:
             booting = booting[1:]
         return Shadow(
-            asked, booting, backlog, self.late * keep + late, self.cost * keep + has * seconds
+            asked,
+            booting,
+            backlog,
+            self.late * keep + late * counts,
+            self.cost * keep + has * seconds,
         )
 
 
@@ -309,6 +314,7 @@ class Outlook(NamedTuple):
                     wait_s=wait_s,
                     hold_s=hold_s if long else lead_s,
                     keep=keep,
+                    counts=self.span_s >= lead_s,  # until then it has what there was
                 )
                 for shadow, choice in zip(row, options, strict=True)
             )

@@ -207,6 +207,24 @@ def test_a_replica_whose_machine_is_taken_away_gets_nothing_new() -> None:
     assert walk.open() == ["a", "b"]
 
 
+@pytest.mark.parametrize("told", ["nothing", "by the agent", "by itself"])
+def test_one_that_stops_is_left_to_finish_what_it_has(told: str) -> None:
+    """It takes no connection any more: only of others does that say that they are dead."""
+    walk = Walk()
+    walk.agent(app(["a", "b"]))
+    walk.load()
+    replica = walk.replica("a")
+    replica.running[Attempt(Leg(replica.target), walk.now_s)] = 0.0
+    if told == "by itself":
+        walk.load("a", leaving=True)
+    elif told == "by the agent":
+        walk.agent(app(["b"]))
+    for _ in range(5):
+        walk.world.replica_silent(replica, "refused", walk.now_s)
+        walk.wait(0.3)
+    assert walk.given_up == ([replica.target] if told == "nothing" else [])
+
+
 def test_one_with_requests_is_remembered_until_they_end() -> None:
     walk = Walk()
     walk.agent(app(["a", "b"]))

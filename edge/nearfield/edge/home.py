@@ -91,6 +91,11 @@ class Replica(Peer):
         self.shown_name = re.sub(r"[^!-~]", "?", self.id).encode("ascii")
         self.shown = (*endpoint.shown, (REPLICA, self.shown_name))
 
+    @property
+    def stops(self) -> bool:
+        """Whether it finishes what it has, and takes nothing new."""
+        return self.gone_s is not None or (self.load is not None and self.load.leaving)
+
     def state(self, health: Health, weight: float, *, open_: bool) -> ReplicaState:
         """As the policy ranks it."""
         load, speed = self.load, self.speed

@@ -462,7 +462,9 @@ class World:
         self._note(transition, [known.target for known in endpoints if known.target is not None])
 
     def _replica_changed(self, transition: Transition) -> None:
-        self._note(transition, [r.target for r in self.replicas() if r.name == transition.name])
+        # Who stops takes no connection any more, and goes on with what it has.
+        lost = [r.target for r in self.replicas() if r.name == transition.name and not r.stops]
+        self._note(transition, lost)
 
     def _endpoint_changed(self, transition: Transition) -> None:
         known = self._by_number.values()

@@ -12,7 +12,11 @@ from typing import Any, NamedTuple
 
 import ray
 from nearfield.api.scaling import NAMESPACE
-from ray._raylet import GcsClient, GcsClientOptions, GlobalStateAccessor
+from ray._raylet import (  # type: ignore[attr-defined]
+    GcsClient,
+    GcsClientOptions,
+    GlobalStateAccessor,
+)
 from ray.core.generated import autoscaler_pb2, gcs_pb2
 from ray.serve._private.common import ReplicaID
 
@@ -66,7 +70,7 @@ class Cluster:
         Raises:
             RuntimeError: the head does not answer, or refuses.
         """
-        reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+        reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION  # type: ignore[attr-defined]
         accepted, why = self._gcs.drain_node(
             node_id, reason, message, int(due_s * 1000), timeout=TIMEOUT_S
         )
@@ -80,7 +84,7 @@ class Cluster:
             RuntimeError: the head does not answer.
         """
         nodes = self._gcs.get_all_node_info(timeout=TIMEOUT_S)
-        alive = gcs_pb2.GcsNodeInfo.ALIVE
+        alive = gcs_pb2.GcsNodeInfo.ALIVE  # type: ignore[attr-defined]
         return sorted(
             node_id.hex()
             for node_id, node in nodes.items()
@@ -93,7 +97,7 @@ class Cluster:
         Raises:
             RuntimeError: the head does not answer.
         """
-        status = autoscaler_pb2.GetClusterStatusReply.FromString(
+        status = autoscaler_pb2.GetClusterStatusReply.FromString(  # type: ignore[attr-defined]
             self._gcs.get_cluster_status(timeout_s=TIMEOUT_S)
         )
         demanded = Counter[_Shape]()
@@ -131,7 +135,7 @@ class Cluster:
             self._accessor = accessor
         found = []
         for packed in self._accessor.get_actor_table(None, state):
-            actor = gcs_pb2.ActorTableData.FromString(packed)
+            actor = gcs_pb2.ActorTableData.FromString(packed)  # type: ignore[attr-defined]
             if ReplicaID.is_full_id_str(actor.name):
                 found.append((ReplicaID.from_full_id_str(actor.name).deployment_id.app_name, actor))
         return found

@@ -155,7 +155,8 @@ def _wait(provider: Provider, client: httpx.Client) -> Notice:
         try:
             notice, trouble = provider.look(client), ""
         except (httpx.HTTPError, ValueError, KeyError) as error:
-            notice, trouble = None, f"the metadata server does not say: {error}"
+            said_why = str(error).splitlines()[0]
+            notice, trouble = None, f"the metadata server does not say: {said_why}"
         if notice is not None:
             return notice
         if trouble and trouble != said:

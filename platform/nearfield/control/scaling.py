@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from nearfield.api.scaling import KEY, NAMESPACE, ModelScaling, parse_model
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
 TIMEOUT_S = 2.0
 

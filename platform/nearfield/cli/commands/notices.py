@@ -55,7 +55,7 @@ def notices(
 def _head(given: str | None) -> str:
     from ray._private.services import canonicalize_bootstrap_address
 
-    address: str | None = canonicalize_bootstrap_address(given or os.environ.get("RAY_ADDRESS"))
+    address: str | None = canonicalize_bootstrap_address(given or os.environ.get("RAY_ADDRESS"))  # type: ignore[arg-type]
     if address is None:
         raise BadRequest("No Ray runs on this machine. Name its head: --address HOST:PORT")
     return address
@@ -66,7 +66,7 @@ def _only(cluster: object) -> str:
     from nearfield.serving.cluster import Cluster
 
     assert isinstance(cluster, Cluster)
-    ip = ray.util.get_node_ip_address()
+    ip = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     found = cluster.nodes_at(ip)
     if len(found) != 1:
         raise BadRequest(

@@ -205,6 +205,23 @@ def test_a_mix_covers_what_it_can_and_no_replica_is_idle(
 
 
 @given(
+    offers,
+    st.lists(st.floats(0.0, 20.0), min_size=5, max_size=5),
+    st.floats(0.0, 500.0),
+    st.floats(0.0, 1.0),
+)
+@settings(max_examples=60)
+def test_a_hedge_covers_no_less_than_the_mix(
+    found: list[mix.Offer], exposed_usd: list[float], work_s: float, least: float
+) -> None:
+    exposed = [o._replace(exposed_usd=usd) for o, usd in zip(found, exposed_usd, strict=False)]
+    counts = mix.hedged(work_s, least * work_s, tuple(exposed))
+    assert all(o.least <= count <= o.most for o, count in zip(exposed, counts, strict=True))
+    done = sum(o.work_s * count for o, count in zip(exposed, counts, strict=True))
+    assert done >= min(work_s, sum(o.work_s * o.most for o in exposed)) - 1e-6
+
+
+@given(
     st.integers(0, 30),
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 12)), min_size=1, max_size=5),
 )

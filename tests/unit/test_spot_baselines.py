@@ -6,10 +6,8 @@ from nearfield.policy.scale import PoolSignals, PoolSpec
 
 from benchmarks.autoscaling.spot_baselines import Base, SpotHedge, SpotOnly
 
-SPECS = [
-    PoolSpec(z, kind="spot", max_replicas=9, usd_per_hour=u)
-    for z, u in zip("abc", (1, 2, 3), strict=True)
-]
+PRICES = {"a": 1, "b": 2, "c": 3}
+SPECS = [PoolSpec(z, kind="spot", max_replicas=9, usd_per_hour=u) for z, u in PRICES.items()]
 
 
 def seen(*pools: PoolSignals) -> list[tuple[PoolSpec, PoolSignals]]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from nearfield.policy.endpoints import (
@@ -41,6 +41,7 @@ from nearfield.policy.endpoints import (
     eligible,
     refusal,
 )
+from nearfield.policy.first_byte import Heard, alike, hear, recalled
 
 JOIN = 0.01
 """An endpoint joins the near-equals within this share of the least predicted time ..."""
@@ -57,15 +58,6 @@ NEARER, NEARER_S = 0.05, 0.001
 """... who is not in it is nearer than all in it by so much, a share or seconds, ..."""
 FARTHER, FARTHER_S = 0.12, 0.003
 """... or who is in it is farther than the nearest by so much."""
-
-ALIKE, ALIKE_S = 2.0, 0.03
-"""Regions answer alike whose first bytes differ by less, as a ratio and in seconds. So much comes
-of how busy they are, and that follows the traffic: who serves more has more replicas, waits less
-for one of them, and would draw the neighbours' traffic as well, for good."""
-
-FORGET_S = 60.0
-"""A first byte that took longer than it can, because of company, is half forgotten so long after
-the company has gone: nobody who stays away learns that it has."""
 
 SLO_JOIN, SLO_LEAVE = 0.8, 0.9
 """Shares of the SLO that a mean prediction must keep to count as meeting it, coming and staying."""
@@ -87,8 +79,8 @@ class Candidate:
 
     Attributes:
         idle_s: predicted time to first byte with an empty queue.
-        floor_s: that, less what makes its region no other than the fastest (`ALIKE`), and the
-            operator's handicap: what it is compared by before the queue.
+        floor_s: that, less what makes its region no other than the fastest (`first_byte.alike`),
+            and the operator's handicap: what it is compared by before the queue.
         wait_s: predicted wait at the poll.
     """
 
@@ -96,13 +88,6 @@ class Candidate:
     idle_s: float
     floor_s: float
     wait_s: float
-
-
-class Heard(NamedTuple):
-    """Of an endpoint, over many polls: the least first byte, and when it last had requests."""
-
-    least_s: float
-    used_s: float
 
 
 class Row(NamedTuple):
@@ -142,7 +127,7 @@ class Plan:
         degraded: plans of the declared fallback models, in order.
         made_s: when. since_s: when the first of those was that replaced each other.
         changed_s: when `held` last changed for another reason than that somebody was gone.
-        heard: by endpoint.
+        heard: by endpoint, of first bytes.
     """
 
     ask: Ask
@@ -204,9 +189,11 @@ def plan(
     if any(smaller.caller != caller for smaller in degraded):
         raise ValueError("a fallback model's plan must be made for the same class of callers")
     passed, refused = eligible(states, ask, caller)
-    heard = {} if previous is None else previous.heard.copy()
-    passed = [_recalled(state, heard, now_s) for state in passed]
-    alike_s = _alike(passed)
+    known = {} if previous is None else previous.heard
+    # Who is gone is forgotten: its number may be another's.
+    heard = {s.number: hear(s, known.get(s.number), now_s) for s in passed}
+    passed = [recalled(state, heard[state.number], now_s) for state in passed]
+    alike_s = alike(passed)
     candidates = [_candidate(state, alike_s[state.endpoint.region]) for state in passed]
     held, since_s, changed_s = frozenset[int](), now_s, now_s
     if previous is not None:
@@ -242,33 +229,6 @@ def plan(
         heard=heard,
         by_number={row.number: row for row in rows},
     )
-
-
-def _recalled(state: EndpointState, heard: dict[int, Heard], now_s: float) -> EndpointState:
-    """With the first byte that is to be expected if nobody has been there for a while."""
-    first_s, number = state.first_byte_s, state.number
-    before = heard.get(number)
-    if before is None:
-        heard[number] = Heard(first_s, now_s)
-        return state
-    least_s = min(before.least_s, first_s)
-    used_s = now_s if state.load else before.used_s
-    heard[number] = Heard(least_s, used_s)
-    if used_s == now_s or first_s == least_s:
-        return state
-    left = 0.5 ** ((now_s - used_s) / FORGET_S)
-    return replace(state, first_byte_s=least_s + left * (first_s - least_s))
-
-
-def _alike(states: Sequence[EndpointState]) -> dict[str, float]:
-    """By region: seconds of its first bytes that are no difference from the fastest region's."""
-    fastest_s: dict[str, float] = {}
-    for state in states:
-        region, first_s = state.endpoint.region, state.first_byte_s
-        fastest_s[region] = min(fastest_s.get(region, first_s), first_s)
-    least_s = min(fastest_s.values(), default=0.0)
-    most_s = min((ALIKE - 1.0) * least_s, ALIKE_S)
-    return {region: min(first_s - least_s, most_s) for region, first_s in fastest_s.items()}
 
 
 def _candidate(state: EndpointState, alike_s: float) -> Candidate:

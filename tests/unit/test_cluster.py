@@ -61,6 +61,11 @@ def test_the_shipped_pools_fit_on_every_shipped_cluster(path: Path) -> None:
     assert check_files([pools, path], ray=False) == []
 
 
+def test_four_classes_of_machines_fit_where_there_are_four() -> None:
+    model = ROOT / "deployments" / "models" / "accelerators.yaml"
+    assert check_files([model, ROOT / "cluster_configs" / "clusters" / "gcp.yaml"], ray=False) == []
+
+
 def test_the_example_for_a_laptop_fits_on_its_nodes() -> None:
     files = [ROOT / "examples" / "pools" / "assistant.yaml", ROOT / "cluster_configs" / "clusters"]
     assert check_files([files[0], files[1] / "local-fake.yaml"], ray=False) == []

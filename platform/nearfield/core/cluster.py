@@ -291,7 +291,7 @@ def _unknown_types(
 def _resources(options: Mapping[str, Any]) -> dict[str, float]:
     """Of a replica, in Ray's words. Memory is left out: launchers know it of the machine."""
     cpus = options.get("num_cpus")
-    found: dict[str, float] = {"CPU": 1.0 if cpus is None else cpus}
+    found: dict[str, float] = {"CPU": 1 if cpus is None else cpus}
     if options.get("num_gpus"):
         found["GPU"] = options["num_gpus"]
     extra = options.get("resources")

@@ -38,7 +38,7 @@ EDGE, CELLS = 8.0, 96
 """The shape is a histogram from -EDGE to EDGE spreads."""
 CELL = 2 * EDGE / CELLS
 
-FIRST_PRICE, LONGER = 15.0, 0.4
+FIRST_PRICE, LONGER = 10.0, 0.4
 """What having everybody wait is worth before it is learnt, in the price of serving them, with a
 boot of a minute; and the power of a boot it rises with: what is missed is missed for so long."""
 CANDIDATES = 48

@@ -46,7 +46,7 @@ BUNCHING, BUNCHED_S = 2.0, 6.0
 """How fast bunching is learnt, seconds for each mean bin that is late unexpectedly; the most."""
 EXCESS, SAME = 50.0, 1.15
 """What lateness beyond the allowed counts in comparing bases; shares that are about the same."""
-TRIED_S = 600.0
+TRIED_S = 3600.0
 """Before so long the first base decides."""
 DRAIN_S = 20.0
 """A backlog is to be gone so long after the replicas asked for now serve."""

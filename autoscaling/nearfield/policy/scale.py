@@ -70,7 +70,7 @@ OUTAGES = 0.25
 would spend it is as dear as the dearest, which is never lost."""
 WARM_BINS = 3
 """Bins that must be full before rates are believed."""
-VERSION = 1
+VERSION = 2
 
 
 class Group(NamedTuple):

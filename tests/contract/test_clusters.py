@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.autoscaler
 import yaml
 from nearfield.cli.config_files import check_files
 from nearfield.core import cluster
@@ -28,6 +30,13 @@ def read(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_file_is_valid_by_ray_too(path: Path) -> None:
     assert check_files([path]) == []
+
+
+def test_the_keys_of_a_launcher_file_are_rays() -> None:
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    assert set(cluster.LauncherFile.model_fields) == set(schema["properties"])
+    (node_type,) = schema["properties"]["available_node_types"]["patternProperties"].values()
+    assert set(cluster.LauncherNodeType.model_fields) == set(node_type["properties"])
 
 
 def test_rays_own_refusal_is_told(tmp_path: Path) -> None:

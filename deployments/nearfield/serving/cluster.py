@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import ray
@@ -18,11 +20,25 @@ from ray._raylet import (  # type: ignore[attr-defined]
     GlobalStateAccessor,
 )
 from ray.core.generated import autoscaler_pb2, gcs_pb2
+from ray.exceptions import RayError
 from ray.serve._private.common import ReplicaID
 
 TIMEOUT_S = 2.0
 _V1_STATUS = b"__autoscaling_status"
 """Where Ray's first autoscaler leaves word of itself."""
+
+
+@contextmanager
+def asking() -> Iterator[None]:
+    """Turns Ray's errors into one.
+
+    Raises:
+        RuntimeError: the head does not answer.
+    """
+    try:
+        yield
+    except (RayError, TimeoutError) as error:
+        raise RuntimeError(f"the head does not answer: {error}") from None
 
 
 class Waiting(NamedTuple):
@@ -46,15 +62,25 @@ class Cluster:
     """The cluster with its head at `address` (`host:port`)."""
 
     def __init__(self, address: str) -> None:
+        """
+        Raises:
+            RuntimeError: the head does not answer.
+        """
         self._address = address
-        self._gcs = GcsClient(address=address)
+        with asking():
+            self._gcs = GcsClient(address=address)
         self._accessor: Any = None
 
     @classmethod
     def own(cls) -> Cluster:
-        """The one that this process belongs to."""
+        """The one that this process belongs to.
+
+        Raises:
+            RuntimeError: the head does not answer.
+        """
         return cls(ray.get_runtime_context().gcs_address)
 
+    @asking()
     def leaving(self) -> dict[str, float]:
         """Nodes that are drained, by id, and when they will be gone: Unix time, or infinite.
 
@@ -64,6 +90,7 @@ class Cluster:
         due_ms: dict[str, int] = self._gcs.get_draining_nodes(timeout=TIMEOUT_S)
         return {node: ms / 1000 if ms else math.inf for node, ms in due_ms.items()}
 
+    @asking()
     def drain(self, node_id: str, due_s: float, message: str) -> None:
         """Have a node drained, since its machine will be taken away then (Unix time).
 
@@ -77,6 +104,7 @@ class Cluster:
         if not accepted:
             raise RuntimeError(f"Ray does not drain the node {node_id}: {why}")
 
+    @asking()
     def nodes_at(self, ip: str) -> list[str]:
         """Ids of the nodes that are alive at this address.
 
@@ -91,6 +119,7 @@ class Cluster:
             if node.state == alive and node.node_manager_address == ip
         )
 
+    @asking()
     def waiting(self) -> Waiting:
         """Which replicas wait for what.
 
@@ -140,6 +169,7 @@ class Cluster:
                 found.append((ReplicaID.from_full_id_str(actor.name).deployment_id.app_name, actor))
         return found
 
+    @asking()
     def keep(self, key: str, value: bytes) -> None:
         """Keep this under the key, for as long as the head's store lives.
 
@@ -148,6 +178,7 @@ class Cluster:
         """
         self._gcs.internal_kv_put(key.encode(), value, True, NAMESPACE, timeout=TIMEOUT_S)
 
+    @asking()
     def kept(self, key: str) -> bytes | None:
         """What is kept under the key.
 

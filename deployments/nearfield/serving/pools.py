@@ -140,13 +140,14 @@ class Fleet:
         return self._decision.target(application).replicas
 
     def _step(self, now_s: float) -> None:
-        for name in [n for n, m in self._members.items() if self._is_gone(n, m, now_s)]:
+        for name in [n for n, m in self._members.items() if self._is_gone(m, now_s)]:
             del self._members[name], self._passed[name]
         state = self._state
         if now_s < state.now_s:  # the wall clock was set back
             state = State()
         members = sorted(self._members.values(), key=_preference)
-        self._surroundings.attend(curious=any(m.watch.waits for m in members))
+        curious = any(m.watch.starting or self._is_silent(m) for m in members)
+        self._surroundings.attend(curious=curious)
         options = [m.options for m in members]
         budgets = [o.max_usd_per_hour for o in options if o.max_usd_per_hour is not None]
         spec = ScalingSpec(
@@ -167,20 +168,24 @@ class Fleet:
             log.info("scaling %s: %s: %s%s", self._model, change.application, before, change.reason)
         self._keep(now_s)
 
-    def _is_cold(self, name: str, member: _Member) -> bool:
-        """Whether requests wait for its first replica: then Serve asks nobody about it."""
-        silent = max(self._passed[name].values(), default=0) >= PASSED_OVER
-        return silent and member.watch.at_zero and self._surroundings.has_replicas(name)
+    def _is_silent(self, member: _Member) -> bool:
+        """Whether none of it ran, and Serve has stopped asking about it."""
+        passed = self._passed[member.spec.name]
+        return member.watch.at_zero and max(passed.values(), default=0) >= PASSED_OVER
 
-    def _is_gone(self, name: str, member: _Member, now_s: float) -> bool:
-        return now_s - member.heard_s > FORGET_S and not self._is_cold(name, member)
+    def _is_cold(self, member: _Member) -> bool:
+        """Whether requests wait for its first replica, which is what makes Serve stop."""
+        return self._is_silent(member) and self._surroundings.has_replicas(member.spec.name)
+
+    def _is_gone(self, member: _Member, now_s: float) -> bool:
+        return now_s - member.heard_s > FORGET_S and not self._is_cold(member)
 
     def _signals(self, member: _Member, max_wait_s: float, now_s: float) -> PoolSignals | None:
         """What is known of one pool; None: nothing."""
         name, watch = member.spec.name, member.watch
         stuck = self._surroundings.stuck(name)
         refused = self._surroundings.refused(member.options.node_types, now_s)
-        if self._is_cold(name, member):
+        if self._is_cold(member):
             return watch.cold(name, now_s, stuck=stuck, refused=refused)
         if now_s - member.heard_s > SILENT_S:
             return None

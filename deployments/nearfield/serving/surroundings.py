@@ -54,7 +54,8 @@ class Surroundings:
         """Go on reading, where there is a cluster.
 
         Args:
-            curious: some replica is waited for. Else there is nothing to be asked.
+            curious: some replica is waited for, or Serve has stopped asking about one that would be
+                the first. Else there is nothing to be asked.
         """
         self._curious = curious
         if self._thread is None and ray.is_initialized():
@@ -127,8 +128,7 @@ class Surroundings:
             try:
                 self.read()
             except RuntimeError as error:
-                log.warning("the cluster's head does not answer: %s", error)
-                self._head = None
+                log.warning("%s", error)
             except Exception:
                 log.exception("reading the surroundings failed unexpectedly")
             time.sleep(READ_S)

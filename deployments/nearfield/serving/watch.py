@@ -104,12 +104,13 @@ class Watch:
                 self._now[name] = reduce(self._now.get(name, 0.0), value)
 
     @property
-    def waits(self) -> bool:
-        """Whether a replica was asked for that does not run yet, or Serve asks nobody about it."""
-        return bool(self._asked_s) or not self._running
+    def starting(self) -> bool:
+        """Whether a replica was asked for that does not run yet."""
+        return bool(self._asked_s)
 
     @property
     def at_zero(self) -> bool:
+        """Whether none runs."""
         return not self._running
 
     def signals(

@@ -42,10 +42,12 @@ LENIENT, BELIEVED_S = 2.0, 10_800.0
 much traffic that is noticed."""
 CHEAPER = 1.05
 """By so much another base must be cheaper than the first."""
-BUNCHING, BUNCHED_S = 2.0, 6.0
+BUNCHING, BUNCHED_S = 2.0, 4.0
 """How fast bunching is learnt, seconds for each mean bin that is late unexpectedly; the most."""
 EXCESS, SAME = 50.0, 1.15
 """What lateness beyond the allowed counts in comparing bases; shares that are about the same."""
+AFTER_S = 10.0
+"""Lateness counts from so long after the first boot: until then there was what there was."""
 TRIED_S = 3600.0
 """Before so long the first base decides."""
 DRAIN_S = 20.0
@@ -107,6 +109,7 @@ class Shadow(NamedTuple):
         wait_s: float,
         hold_s: float,
         keep: float,
+        bunched_s: float,
         counts: bool,
     ) -> Shadow:
         """So many seconds later, in which so much work came, if now so much is wanted."""
@@ -114,11 +117,12 @@ class Shadow(NamedTuple):
         if self.booting:
             serving = self.booting[0][1]
             allowed = wait_s * serving
-            after = backlog + came - serving * seconds
+            grows = came - serving * (seconds - bunched_s)  # while it comes
             if backlog > allowed:
                 late = came
-            elif after > allowed:
-                late = came * min(1.0, (after - allowed) / (came - serving * seconds))
+            elif backlog + grows > allowed:
+                late = came * min(1.0, (backlog + grows - allowed) / grows)
+            after = backlog + came - serving * seconds
             backlog = min(max(0.0, after), QUEUE_S * serving)
             if backlog > allowed:
                 wanted = max(wanted, level + backlog / DRAIN_S)
@@ -164,8 +168,8 @@ class Outlook(NamedTuple):
         shadows: by base and price.
         came, span_s: work that came while there were shadows, and for how long; they fade as the
             shadows' sums do.
-        bunched_s: so much less than the allowed wait is left, since within five seconds work does
-            not come evenly: learnt from what was late unexpectedly.
+        bunched_s: by so much sooner the work of five seconds is there, since it does not come
+            evenly: learnt from what was late unexpectedly.
         missed, expected: work that really was late, and what the shadows that decided said; they
             fade, too.
         late: work that really was late since the last bin.
@@ -219,7 +223,6 @@ class Outlook(NamedTuple):
         bases = self._bases(demand)
         if len(demand.bins) >= LEARN_BINS and self.forecast.due(now_s):
             found = found._judged(demand, now_s, lead_s, wait_s - self.bunched_s, bases)
-        wait_s -= found.bunched_s
         level_ahead = bases[0] * math.exp(found.forecast.growth)
         bases = (level_ahead, *bases[1:])
         if max(bases) <= TINY:
@@ -253,10 +256,14 @@ class Outlook(NamedTuple):
             base,
             math.exp(aim.between([math.log(price) for price in PRICES])),
         )
-        return found._bunched(max(0.0, aim.between(missed)), fresh)._replace(last=last), last
+        expected_late = max(0.0, aim.between(missed))
+        begun = found.span_s > lead_s + AFTER_S
+        return found._bunched(expected_late, fresh, begun=begun)._replace(last=last), last
 
-    def _bunched(self, expected_late: float, fresh: int) -> Outlook:
+    def _bunched(self, expected_late: float, fresh: int, *, begun: bool) -> Outlook:
         """With what was late in the last bins, and what the shadows that decided said of it."""
+        if not begun:
+            return self._replace(late=0.0)
         mean = BIN_S * self.came / self.span_s
         more = BUNCHING * (self.late - expected_late) / max(TINY, mean)
         bunched_s = min(BUNCHED_S, max(0.0, self.bunched_s + more))
@@ -314,7 +321,8 @@ class Outlook(NamedTuple):
                     wait_s=wait_s,
                     hold_s=hold_s if long else lead_s,
                     keep=keep,
-                    counts=self.span_s >= lead_s,  # until then it has what there was
+                    bunched_s=self.bunched_s,
+                    counts=self.span_s > lead_s + AFTER_S,
                 )
                 for shadow, choice in zip(row, options, strict=True)
             )

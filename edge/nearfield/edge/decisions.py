@@ -106,7 +106,7 @@ class Routed(Leg):
         replica: the replica at home; None for another region's gateway or Serve's own ingress.
         why, reason: in one word, and in one line (`policy.explain.summary`).
         predicted_s: time to the first byte. first_byte_s: of it, once it runs and waits no more.
-        trial: no other suspect runs there.
+        trial: no other suspect runs there. ingress: it goes to Serve's own ingress.
         explain: the decision for every endpoint; called only where somebody asks.
     """
 
@@ -122,6 +122,7 @@ class Routed(Leg):
     trial: bool = False
     explain: Callable[[], Explanation] | None = None
     first_byte_s: float = 0.0
+    ingress: bool = False
 
 
 def replica_gone(*, suspect: bool) -> Unavailable:

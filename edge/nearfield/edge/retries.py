@@ -254,8 +254,15 @@ class BudgetRetries:
 
 def _never_run(attempt: Attempt) -> bool:
     if attempt.failure == "status":
-        return attempt.status == 503 and attempt.code in {*NOBODY_THERE, LEAVING}
+        nobody = attempt.code in {*NOBODY_THERE, LEAVING} or _ingress_alone(attempt)
+        return attempt.status == 503 and nobody
     return attempt.failure in NEVER_SENT
+
+
+def _ingress_alone(attempt: Attempt) -> bool:
+    """Whether Serve's ingress has answered for itself: it has no replica. Theirs have codes."""
+    leg = attempt.leg
+    return not attempt.code and isinstance(leg, Routed) and leg.ingress
 
 
 def _region(attempt: Attempt) -> str:

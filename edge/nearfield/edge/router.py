@@ -701,6 +701,7 @@ class WorldRouter:
         ingress = known.ingress
         assert ingress.target is not None
         way = self._leg(planned, found, case, known, ingress, ingress.target, known.shown)
+        way.ingress = True
         way.cold = not ingress.running
         way.expected_s = math.inf
         return way

@@ -208,6 +208,19 @@ async def test_everybody_says_no_and_the_last_word_is_passed_on() -> None:
         assert [a.failure for a in proxy.outcome.attempts] == ["status"] * 3
 
 
+async def test_a_word_that_tells_nothing_is_not_passed_on() -> None:
+    """A proxy before the models has no server; its page is for its operator."""
+
+    async def page(heard: Heard, reader: Reader, writer: Writer) -> None:
+        writer.write(answer(b"<html>no server is available</html>", 503))
+
+    async with in_turn(page, page, page) as (proxy, _):
+        found = await proxy.ask(post())
+        assert (found.status, found.headers["retry-after"]) == (503, "1")
+        assert found.error["type"] == "service_unavailable"
+        assert b"html" not in found.body
+
+
 async def test_a_long_refusal_costs_the_connection_and_not_the_time() -> None:
     async def refuses(heard: Heard, reader: Reader, writer: Writer) -> None:
         writer.write(b"HTTP/1.1 503 X\r\ncontent-length: 100000000\r\n\r\n" + b"x" * 1_000_000)

@@ -293,7 +293,11 @@ class Exchange:
         """A try has got the head of an answer."""
         if status in PERHAPS_ELSEWHERE and attempt.code not in NOWHERE:
             attempt.failure = "status"
-            self._guard(self._elsewhere, attempt)
+            # What stands before the models says 503 in words of its own, which tell nobody much.
+            telling = (
+                status != 503 or bool(attempt.code) or any(n == b"retry-after" for n, _ in fields)
+            )
+            self._guard(self._elsewhere, attempt, telling)
             if attempt not in self._tries:
                 return
         self._winner = attempt
@@ -319,13 +323,20 @@ class Exchange:
             self._tap.on_head(status, fields)
         self._client.begin(status, fields, length if self._events is None else None)
 
-    def _elsewhere(self, attempt: Try) -> None:
-        """End a try that was told to go elsewhere, if there is anything better than that answer."""
+    def _elsewhere(self, attempt: Try, telling: bool) -> None:
+        """End a try that was told to go elsewhere, if there is anything better than that answer.
+
+        Args:
+            telling: it says to a caller what to do; else our own refusal is better.
+        """
         assert self._grant is not None
         if len(self._tries) > 1:
             self._discard(attempt)
             return
         if not self._proxy.retries.again(self.request, self._grant, self.outcome.attempts):
+            if not telling:
+                self._discard(attempt)
+                self._reply(_failure("refused"))
             return
         found = self._proxy.router.pick(self.request, self._grant, self.outcome.attempts)
         if isinstance(found, Leg):
@@ -333,6 +344,12 @@ class Exchange:
             self._launch(found)
         elif isinstance(found, asyncio.Future):
             found.cancel()  # the answer is here, and would have to be held meanwhile
+            if not telling:
+                self._discard(attempt)
+                self._reply(_failure("refused"))
+        elif not telling:
+            self._discard(attempt)
+            self._reply(found)
 
     def _discard(self, attempt: Try) -> None:
         self._tries.remove(attempt)

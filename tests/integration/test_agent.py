@@ -11,7 +11,9 @@ import httpx
 import psutil
 import pytest
 from nearfield.api.load import LOAD_PATH, TARGETS_PATH, Application, parse_load, parse_targets
+from nearfield.api.scaling import SCALING_PATH, parse_scaling
 from nearfield.cli import processes
+from nearfield.core.scaling import SCALING_POLICY
 from nearfield.core.serve_config import AGENT_BUILDER
 
 from tests.integration.conftest import TestRegion
@@ -62,6 +64,19 @@ def test_every_replica_is_there_and_answers_by_itself(agent: TestRegion) -> None
         load = parse_load(answer.raise_for_status().content)
         assert (load.model, load.version, load.running, load.waiting) == (APP, "7", 0, 0)
         assert load.room > 0
+
+
+def test_why_a_model_has_its_replicas(agent: TestRegion) -> None:
+    policy = {"policy_function": SCALING_POLICY, "policy_kwargs": {"idle_s": 600}}
+    scaled = {"min_replicas": 1, "max_replicas": 2, "metrics_interval_s": 0.5, "policy": policy}
+    agent.deploy_model(
+        APP, engine=ENGINE, pythonpath=ROOT, replica={"autoscaling_config": scaled}, version="7"
+    )
+    until(lambda: application(agent).scaling.startswith("1: "), timeout_s=30)
+    told = parse_scaling(httpx.get(agent.base_url + SCALING_PATH).raise_for_status().content)
+    (model,) = [model for model in told if model.model == APP]
+    assert [(pool.application, pool.replicas) for pool in model.pools] == [(APP, 1)]
+    assert model.pools[0].reason
 
 
 def test_a_replica_that_leaves_is_gone_when_it_no_longer_answers(agent: TestRegion) -> None:

@@ -83,6 +83,7 @@ class Offer:
     hold_s: float = 0.8
     cold_start_s: float | None = None
     queue_age_s: float = 0.0
+    scaling: str = ""
 
 
 def offer(region: str, model: str, pool: str = "default", version: str = "1", **how: Any) -> Offer:
@@ -279,7 +280,8 @@ class Stage:
             None if of.products is None else sorted(of.products), of.current, of.unit_usd,
             of.handicap_s, (), place.health, place.weight, place.draining, each.replicas,
             each.slots, each.max_queued, each.load, each.load // 3, each.first_byte_s,
-            each.hold_s, each.queue_age_s, each.cold_start_s, (),
+            each.hold_s, each.queue_age_s, each.cold_start_s,
+            each.scaling, (),
         )  # fmt: skip
 
 

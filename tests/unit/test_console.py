@@ -506,11 +506,16 @@ class TestFeed:
             assert abs(health["at_s"] - time.time()) < 5
             assert (scaling["before"], scaling["after"]) == ("2 replicas", "3 replicas")
             assert "of 64 slots were taken" in scaling["reason"]
+            why = "5: 11.8 work/s come, 11.8 expected in 15 s"
+            console.stage.offered("eu-west/embed@1/default").scaling = why
+            console.stage.offered("eu-west/embed@1/default").replicas = 5
+            await told(3)
+            assert (seen[-1]["after"], seen[-1]["reason"]) == ("5 replicas", why)
             late = await console.feed()
             past = await late.find("past")
             assert [change["kind"] for change in past["changes"]] == [c["kind"] for c in seen]
             console.stage.change("us-east", "up", "3 probes passed")
-            await told(3)
+            await told(4)
             assert seen[-1]["after"] == "up"
             feed.client.close()
             late.client.close()

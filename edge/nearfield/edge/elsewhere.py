@@ -70,7 +70,7 @@ class Region(Peer):
                 assert self.target is not None
                 known.target = replace(self.target)  # its own: it can be given up alone
             known.endpoint, known.fallbacks = endpoint, each.fallbacks
-            known.kind, known.free = each.kind, each.free
+            known.kind, known.free, known.scaling = each.kind, each.free, each.scaling
             known.state = replace(
                 known.state,
                 endpoint=endpoint,
@@ -137,4 +137,5 @@ def told(known: Known) -> EndpointReport:
         cold_start_s=state.cold_start_s,
         prefill_token_s=state.prefill_token_s,
         draining=state.draining,
+        scaling=known.scaling,
     )

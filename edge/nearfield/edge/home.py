@@ -410,6 +410,7 @@ class Home:
         known.fallbacks = tuple(spec.fallback_models)
         known.slots, known.max_queued = slots_of(spec), spec.limits.max_queued
         known.status = app.status
+        known.scaling = app.scaling
         known.named = True
         if not known.speed.measured:
             known.speed = ASSUMED[known.kind]

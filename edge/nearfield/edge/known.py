@@ -53,6 +53,7 @@ class Known:
         kind: of its work. free: asking it costs nothing but time.
         fallbacks: models that may stand in for its own.
         state: as the policy sees it.
+        scaling: why it has as many replicas as it should have; empty: nobody says.
         answers: what its answers tell, wherever they come from.
         target: another region's gateway; None at home, where replicas have their own.
         shown: the header fields that name it.
@@ -64,6 +65,7 @@ class Known:
         self.kind: Kind = "other"
         self.free = True
         self.fallbacks: tuple[str, ...] = ()
+        self.scaling = ""
         self.state = EndpointState(endpoint, number, 0.0, health="unknown", replicas=0)
         self.answers = Peer(endpoint.name, None)
         self.target: Target | None = None

@@ -40,7 +40,11 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, slots=True)
 class EndpointStatus:
-    """An endpoint, for people. `load`: everybody's requests there; `in_flight`: ours."""
+    """An endpoint, for people.
+
+    `load`: everybody's requests there; `in_flight`: ours. `scaling`: why it has its replicas;
+    empty: nobody says.
+    """
 
     name: str
     model: str
@@ -64,6 +68,7 @@ class EndpointStatus:
     hold_s: float
     queue_age_s: float
     cold_start_s: float | None
+    scaling: str
     each: tuple[ReplicaStatus, ...]
 
 
@@ -152,6 +157,7 @@ def _endpoint_status(world: World, known: Known) -> EndpointStatus:
         hold_s=state.hold_s,
         queue_age_s=state.queue_age_s,
         cold_start_s=state.cold_start_s,
+        scaling=known.scaling,
         each=tuple(_replica_status(world, replica) for replica in replicas),
     )
 

@@ -30,6 +30,7 @@ Kind = Literal["generate", "embed", "tensor", "other"]
 """Of a model's work: what a tiny request for it looks like, and what may be hedged."""
 
 _Count = Annotated[int, Field(ge=0, le=2**53)]
+_Words = Annotated[str, Field(max_length=2000)]
 _Amount = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 
 
@@ -149,6 +150,7 @@ class Application:
     Attributes:
         spec: the model's spec as it was deployed (the application's `args`).
         targets: its running replicas; none while it is at zero.
+        scaling: why it has as many as it should have; empty: nobody says.
     """
 
     name: str
@@ -156,6 +158,7 @@ class Application:
     status: str
     spec: Mapping[str, Any]
     targets: tuple[Target, ...]
+    scaling: _Words = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +190,7 @@ class EndpointReport:
         replicas: those that take requests. slots: requests they compute at once, together.
         load: requests they have, running and waiting.
         cold_start_s: None: it cannot start.
+        scaling: why it has as many replicas as it should have; empty: nobody says.
     """
 
     model: Name
@@ -209,6 +213,7 @@ class EndpointReport:
     cold_start_s: _Amount | None
     prefill_token_s: _Amount
     draining: bool
+    scaling: _Words = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,12 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import ray
 from nearfield.api.error_bodies import openai_error
 from nearfield.api.load import AGENT_PREFIX, TARGETS_PATH, Application, Targets
-from nearfield.api.scaling import SCALING_PATH
+from nearfield.api.scaling import SCALING_PATH, ModelScaling
 from nearfield.control.entry import Entry
 from nearfield.control.scaling import Decisions
 from nearfield.control.targets import Controller
@@ -38,6 +39,8 @@ from starlette.routing import Route, Router
 log = logging.getLogger("nearfield.agent")
 
 PERIOD_S = 0.25
+LEARN_S = 1.0
+"""Between looks at what scaling has decided, which it does once a second."""
 PATIENCE_S = 5.0
 
 
@@ -53,12 +56,14 @@ class Agent:
 
     def __init__(self) -> None:
         self._applications: tuple[Application, ...] = ()
+        self._reasons: dict[str, str] = {}  # why each has its replicas, where nearfield scales it
         self._known_s: float | None = None
         self._entry = Entry(Settings.from_env(os.environ))
         self._decisions = Decisions(ray.get_runtime_context().gcs_address)
 
     async def __serve_build_asgi_app__(self) -> Router:
         self._polling = asyncio.create_task(self._poll())
+        self._learning = asyncio.create_task(self._learn())
         routes = {TARGETS_PATH: self.targets, SCALING_PATH: self.scaling}
         return Router(
             [
@@ -72,16 +77,31 @@ class Agent:
         """A `Targets`."""
         if self._known_s is None:
             raise Unavailable("The controller has not answered yet.", retry_after_s=1.0)
-        return Targets(self._applications, time.monotonic() - self._known_s).to_json()
+        applications = tuple(
+            replace(app, scaling=self._reasons.get(app.name, "")) for app in self._applications
+        )
+        return Targets(applications, time.monotonic() - self._known_s).to_json()
 
     async def scaling(self) -> object:
         """The last decision for each model that scales: `ModelScaling`s."""
-        names = {app.name for app in self._applications}
         try:
-            found = await asyncio.to_thread(self._decisions.read, names)
+            found = await self._decided()
         except RuntimeError as error:
             raise Unavailable(f"The head does not answer: {error}", retry_after_s=1.0) from None
         return [model.shown() for model in found]
+
+    async def _decided(self) -> tuple[ModelScaling, ...]:
+        names = {app.name for app in self._applications}
+        return await asyncio.to_thread(self._decisions.read, names)
+
+    async def _learn(self) -> None:
+        while True:
+            try:
+                models = await self._decided()
+                self._reasons = {pool.application: pool.reason for m in models for pool in m.pools}
+            except (RuntimeError, ValueError) as error:
+                log.warning("the last decisions of scaling are not known: %s", error)
+            await asyncio.sleep(LEARN_S)
 
     async def _poll(self) -> None:
         controller = Controller()

@@ -317,7 +317,7 @@ class Broadcast:
             )
 
     def _look_at_scale(self) -> None:
-        """The number of replicas, and what was true when somebody decided to change it."""
+        """The number of replicas, and why: what scaling says, else what was true before."""
         before, now = self._scale, {}
         for endpoint in (each for region in self._regions for each in region.endpoints):
             now[endpoint.name] = endpoint
@@ -325,11 +325,10 @@ class Broadcast:
             if was is None or was.replicas == endpoint.replicas:
                 continue
             turn = _counted(was.replicas), _counted(endpoint.replicas)
+            reason = endpoint.scaling or was.scaling or _fullness(was)
             number = self._numbered + 1
             self._note(
-                Change(
-                    number, time.time(), "scaling", endpoint.name, *turn, _fullness(was), open=False
-                )
+                Change(number, time.time(), "scaling", endpoint.name, *turn, reason, open=False)
             )
         self._scale = now
 

@@ -193,6 +193,7 @@ def _endpoint(
     full: Document = {
         "products": endpoint.products,
         "replicas": endpoint.replicas,
+        "scaling": endpoint.scaling or None,
         "slots": endpoint.slots,
         "max_queued": endpoint.max_queued,
         "load": endpoint.load,

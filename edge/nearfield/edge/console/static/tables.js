@@ -146,6 +146,7 @@ function updateEndpoint(row, endpoint, most) {
   const returning = endpoint.health === "up" && endpoint.weight < 0.995;
   say(cells[3].querySelector(".word"), returning ? `returning, ${Math.round(endpoint.weight * 100)} %` : HEALTH[health]);
   say(cells[4], endpoint.replicas === null ? NONE : count(endpoint.replicas));
+  set(cells[4], "title", endpoint.scaling);
   updateLoad(cells[5], endpoint);
   say(cells[6], time(endpoint.rtt_s));
   updatePrediction(cells[7], endpoint, most);

@@ -194,7 +194,7 @@ def _one(seen: Sequence[PoolSignals]) -> PoolSignals:
     weight = sum(count for count, _ in known)
     work_s: Measured = NO_DATA
     if weight:
-        work_s = math.fsum(count * each for count, each in known if each is not NO_DATA) / weight
+        work_s = math.fsum(count * each for count, each in known) / weight
     ages = [p.queue_age_s for p in seen if p.queue_age_s is not NO_DATA]
     return PoolSignals(
         "all",

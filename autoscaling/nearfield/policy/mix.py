@@ -64,7 +64,8 @@ def hedged(work_s: float, least_s: float, offers: tuple[Offer, ...]) -> tuple[in
     # Price is convex in the spare: the search ends where it has risen twice.
     stride = min(offer.work_s for offer in offers)
     stride *= max(1, round(work_s / stride / STRIDES))
-    best_usd, best, risen, spare_s = math.inf, (), 0, 0.0
+    best: tuple[int, ...] = ()
+    best_usd, risen, spare_s = math.inf, 0, 0.0
     while risen < 2 and spare_s <= work_s:
         usd, counts = _cover(work_s + spare_s, offers, work_s + spare_s - least_s)
         if usd < best_usd - _TINY:

@@ -447,7 +447,7 @@ def _place(
     goal = max(wanted.work_s, 0.5 * min(o.work_s for o in offers))
     chosen = _bought(members, offers, goal, wanted.least_s)
     kept = _kept(members, goal, chosen)
-    tried = _tried(members, chosen, now_s)
+    tried = _tried(members, offers, chosen, now_s)
     for i, member in enumerate(members):
         pool, why = member.spec, wanted.why
         count = min(chosen[i] + kept[i] + tried[i], pool.max_replicas)
@@ -484,13 +484,15 @@ def _tries(member: _Member, now_s: float) -> bool:
     return waits or (now_s >= member.pool.trust.blocked_s and not member.coming)
 
 
-def _tried(members: list[_Member], chosen: list[int], now_s: float) -> list[int]:
+def _tried(
+    members: list[_Member], offers: list[mix.Offer], chosen: list[int], now_s: float
+) -> list[int]:
     """One each of the refused pools that would do the work for less than what was bought, and of
     spot zones that would do it for the same: there is one more to spread over.
 
     They come on top: what may never start replaces nothing.
     """
-    prices = [math.inf if m.work_s is NO_DATA else m.usd / m.work_s for m in members]
+    prices = [(offer.usd + offer.exposed_usd) / offer.work_s for offer in offers]
     dearest = max((p for p, n in zip(prices, chosen, strict=True) if n), default=math.inf)
     return [
         int(_tries(member, now_s) and (price < dearest or _spreads(member, price, dearest)))

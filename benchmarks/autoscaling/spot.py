@@ -144,10 +144,10 @@ def prices(family: Family, data: Path, folder: Path) -> tuple[float, dict[str, A
             for row in _rows(folder_of / "aws_spot_advisor.csv")
             if row["instance_type"] == P3
         }
-        pools = {
+        steady = {
             z.zone: {"usd_per_hour": on_demand * (1 - saved[z.zone[:-1]])} for z in family.zones
         }
-        return on_demand, pools, "savings of 2025-06-28 (AWS spot advisor) on the us-east-1 price"
+        return on_demand, steady, "savings of 2025-06-28 (AWS spot advisor) on the us-east-1 price"
     begins = datetime(2020, 1, 1, tzinfo=UTC)
     wanted = {z.zone for z in family.zones}
     found = [
@@ -159,14 +159,18 @@ def prices(family: Family, data: Path, folder: Path) -> tuple[float, dict[str, A
     path = folder / f"{family.name}-prices.csv"
     with path.open("w", newline="") as lines:
         csv.writer(lines).writerows([("zone", "t_s", "usd_per_hour"), *found])
-    pools = {
+    changing = {
         zone: {
             "usd_per_hour": min(float(usd) for z, _, usd in found if z == zone),
             "prices": {"file": str(path), "where": {"zone": zone}},
         }
         for zone in wanted
     }
-    return on_demand, pools, "the zones' own price changes from 2020-01-01 on, the us-east-1 price"
+    return (
+        on_demand,
+        changing,
+        "the zones' own price changes from 2020-01-01 on, the us-east-1 price",
+    )
 
 
 def _gcp(family: Family, folder: Path) -> tuple[float, dict[str, Any], str]:

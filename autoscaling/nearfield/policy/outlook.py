@@ -44,6 +44,8 @@ CHEAPER = 1.05
 """By so much another base must be cheaper than the first."""
 BUNCHING, BUNCHED_S = 2.0, 4.0
 """How fast bunching is learnt, seconds for each mean bin that is late unexpectedly; the most."""
+BUNCHING_S, MOST_BUNCH = 3600.0, 0.5
+"""How fast it is forgotten; and where a larger share is late, it is not for bunching."""
 EXCESS, SAME = 50.0, 1.15
 """What lateness beyond the allowed counts in comparing bases; shares that are about the same."""
 AFTER_S = 10.0
@@ -262,11 +264,11 @@ class Outlook(NamedTuple):
 
     def _bunched(self, expected_late: float, fresh: int, *, begun: bool) -> Outlook:
         """With what was late in the last bins, and what the shadows that decided said of it."""
-        if not begun:
-            return self._replace(late=0.0)
-        mean = BIN_S * self.came / self.span_s
-        more = BUNCHING * (self.late - expected_late) / max(TINY, mean)
-        bunched_s = min(BUNCHED_S, max(0.0, self.bunched_s + more))
+        mean = max(TINY, BIN_S * self.came / self.span_s)
+        bunched_s = self.bunched_s * math.exp(-fresh * BIN_S / BUNCHING_S)
+        if begun and self.late < MOST_BUNCH * mean * fresh:
+            more = BUNCHING * (self.late - expected_late) / mean
+            bunched_s = min(BUNCHED_S, max(0.0, bunched_s + more))
         return self._replace(
             bunched_s=bunched_s,
             missed=self.missed * _keep(fresh) + self.late,

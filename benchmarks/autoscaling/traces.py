@@ -80,8 +80,6 @@ def main(arguments: list[str] | None = None) -> int:
     result = {
         "figures": "simulated",
         "seed": given.seed,
-        "from_day": given.from_day,
-        "days": given.days,
         "allowed_late": hindsight.ALLOWED,
         "cells": [rows[cell] for cell in cells],
     }
@@ -193,6 +191,7 @@ def compute(cell: Cell, earlier: Row | None) -> tuple[Cell, Row, dict[Setting, O
         "trace": cell.trace,
         "unit": found.unit,
         "arrivals": "drawn" if found.drawn else "recorded",
+        "from_s": found.from_s,
         "seconds": len(found.work),
         "scale": cell.scale,
         "boot_s": cell.boot_s,

@@ -7,6 +7,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
+DAY_S = 86_400
 SERVEGEN = ("m_large", "m_small", "deepseek_r1")
 ORACLE_MARGIN = 0.08
 """Over the oracle, on ServeGen's traces with boots up to SOON_S: the target."""
@@ -49,7 +50,8 @@ def text(result: Mapping[str, Any]) -> str:
         lines += [
             f"## {trace}",
             "",
-            f"{first['unit'].capitalize()}, {first['arrivals']}, {_span(first['seconds'])}.",
+            f"{first['unit'].capitalize()}, {first['arrivals']}, "
+            f"{_span(first['from_s'], first['seconds'])}.",
             "",
             *_table(own, allowed),
             "",
@@ -57,8 +59,9 @@ def text(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "## Against the targets", "", *_verdict(rows, allowed), ""])
 
 
-def _span(seconds: int) -> str:
-    return f"{seconds / 86400:.3g} days" if seconds >= 86400 else f"{seconds / 60:.0f} min"
+def _span(from_s: int, seconds: int) -> str:
+    whole = f"{seconds / DAY_S:.3g} days" if seconds >= DAY_S else f"{seconds / 60:.0f} min"
+    return f"{whole}, from day {from_s // DAY_S + 1} of the trace on" if from_s else whole
 
 
 def _table(rows: Sequence[Row], allowed: float) -> Iterable[str]:

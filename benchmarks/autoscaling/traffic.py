@@ -57,6 +57,7 @@ class Traffic:
         drawn: whether arrivals were drawn from recorded rates; else they are the recorded ones.
         loads_s: recorded times to load a model, to be drawn as part of each boot; empty: boots
             take what the cell says.
+        from_s: where in the trace it begins.
     """
 
     name: str
@@ -64,10 +65,12 @@ class Traffic:
     work: Series
     drawn: bool
     loads_s: tuple[float, ...] = ()
+    from_s: int = 0
 
     def part(self, from_s: int, to_s: int | None = None) -> Traffic:
         """A slice of it."""
-        return Traffic(self.name, self.unit, self.work[from_s:to_s], self.drawn, self.loads_s)
+        work = self.work[from_s:to_s]
+        return Traffic(self.name, self.unit, work, self.drawn, self.loads_s, from_s)
 
 
 def folder(given: Path | None = None) -> Path:

@@ -68,14 +68,14 @@ def test_every_replica_is_there_and_answers_by_itself(agent: TestRegion) -> None
 
 def test_why_a_model_has_its_replicas(agent: TestRegion) -> None:
     policy = {"policy_function": SCALING_POLICY, "policy_kwargs": {"idle_s": 600}}
-    scaled = {"min_replicas": 1, "max_replicas": 2, "metrics_interval_s": 0.5, "policy": policy}
+    scaled = {"min_replicas": 2, "max_replicas": 2, "metrics_interval_s": 0.5, "policy": policy}
     agent.deploy_model(
         APP, engine=ENGINE, pythonpath=ROOT, replica={"autoscaling_config": scaled}, version="7"
     )
-    until(lambda: application(agent).scaling.startswith("1: "), timeout_s=30)
+    until(lambda: application(agent).scaling.startswith("2: "), timeout_s=30)
     told = parse_scaling(httpx.get(agent.base_url + SCALING_PATH).raise_for_status().content)
     (model,) = [model for model in told if model.model == APP]
-    assert [(pool.application, pool.replicas) for pool in model.pools] == [(APP, 1)]
+    assert [(pool.application, pool.replicas) for pool in model.pools] == [(APP, 2)]
     assert model.pools[0].reason
 
 

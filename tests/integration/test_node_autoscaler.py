@@ -7,6 +7,7 @@ as `nearfield up --cluster` starts it.
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from nearfield.cli import region as regions
 from nearfield.cli.ray_nodes import UNAVAILABLE
 
 from tests.support.processes import until
-from tests.support.raylets import Nodes
+from tests.support.seen import Seen
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster_configs" / "clusters" / "local-fake.yaml"
@@ -30,11 +31,11 @@ SPOT, ON_DEMAND = "assistant-spot", "assistant"
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     root = tmp_path_factory.mktemp("fake") / "regions" / "fake"
     cluster = yaml.safe_load(CLUSTER.read_text())
     region = regions.start(root, regions.RegionOptions(cluster=cluster), print)
-    found = Nodes(region)
+    found = Seen(region)
     try:
         yield found
     finally:
@@ -43,8 +44,9 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         assert processes.of_region(region.state.region_id) == []  # no raylet outlives its region
 
 
-def pools() -> list[dict[str, Any]]:
+def pools(nodes: Seen) -> list[dict[str, Any]]:
     """The example's applications, with an engine that starts at once."""
+    path = f"{ROOT}{os.pathsep}{nodes.region.state.pythonpath}"
     apps = copy.deepcopy(yaml.safe_load(POOLS.read_text())["applications"])
     for app in apps:
         del app["args"]["source"]
@@ -53,12 +55,12 @@ def pools() -> list[dict[str, Any]]:
             "limits": {"drain_s": 2},
             "threads": 1,
         }
-        app["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+        app["runtime_env"] = {"env_vars": {"PYTHONPATH": path}}
     return apps
 
 
 @contextmanager
-def callers(nodes: Nodes, at_once: int) -> Iterator[list[int]]:
+def callers(nodes: Seen, at_once: int) -> Iterator[list[int]]:
     """So many callers. As a gateway does, each asks the first pool that has a replica, else the
     first; and again if no answer comes within 10 s. Yields the statuses they got."""
     ended, statuses = threading.Event(), list[int]()
@@ -85,8 +87,8 @@ def callers(nodes: Nodes, at_once: int) -> Iterator[list[int]]:
             thread.join(timeout=20)
 
 
-def test_the_right_node_type_comes_for_a_replica_and_goes_when_idle(nodes: Nodes) -> None:
-    app = pools()[1]
+def test_the_right_node_type_comes_for_a_replica_and_goes_when_idle(nodes: Seen) -> None:
+    app = pools(nodes)[1]
     replica = app["deployments"][0]
     del replica["autoscaling_config"]
     replica["ray_actor_options"] = {"num_cpus": 1, "resources": {"TPU": 8}}
@@ -101,10 +103,10 @@ def test_the_right_node_type_comes_for_a_replica_and_goes_when_idle(nodes: Nodes
     until(lambda: nodes.types() == [], 60, nodes.types, every_s=0.1)
 
 
-def test_on_demand_takes_over_while_there_is_no_spot_and_gives_back(nodes: Nodes) -> None:
+def test_on_demand_takes_over_while_there_is_no_spot_and_gives_back(nodes: Seen) -> None:
     unavailable = nodes.region.root / UNAVAILABLE
     unavailable.write_text("l4-spot\n")
-    deploy.apply(nodes.region, pools())
+    deploy.apply(nodes.region, pools(nodes))
     routes = {f"/{SPOT}", f"/{ON_DEMAND}"}
     until(lambda: routes <= nodes.region.api.routes().keys(), 60, every_s=0.1)
     assert nodes.types() == []  # at zero, and no node was needed to find out

@@ -5,6 +5,7 @@ Each says so as a TPU VM does, in its environment; what Ray makes of that is Ray
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,46 +15,65 @@ import pytest
 from nearfield.cli import deploy, processes
 from nearfield.cli import region as regions
 
+from tests.support.nodes import Nodes
 from tests.support.processes import until
-from tests.support.raylets import Nodes
+from tests.support.seen import Seen
 
 ROOT = Path(__file__).parents[2]
 MODEL = "on-slice"
 HEAD = "TPU-v4-16-head"
 
 
+class Region(Nodes):
+    """A region whose nodes are hosts of TPU slices."""
+
+    def __init__(self, region: regions.Region) -> None:
+        super().__init__(region)
+        self.seen = Seen(region)
+
+    def host(self, name: str, worker: int) -> None:
+        """One more: this worker of the slice of this name, of two hosts with four chips each."""
+        self.add(
+            f"{name}-{worker}",
+            {"CPU": 4, "TPU": 4},
+            {},
+            TPU_ACCELERATOR_TYPE="v4-16",
+            TPU_NAME=name,
+            TPU_WORKER_ID=str(worker),
+            TPU_TOPOLOGY="2x2x2",
+        )
+
+    def deploy(self, replicas: int) -> None:
+        path = f"{ROOT}{os.pathsep}{self.region.state.pythonpath}"
+        deploy.apply(self.region, [application(replicas, path)])
+
+    @property
+    def message(self) -> str:
+        """What Serve says is wrong."""
+        app = self.region.api.details()["applications"].get(MODEL, {})
+        return " ".join(str(d["message"]) for d in app.get("deployments", {}).values())
+
+
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    """Two slices v4-16 of two hosts, a and b, and the first host of a third, broken."""
+def region(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Region]:
     root = tmp_path_factory.mktemp("tpu") / "regions" / "tpu"
-    region = regions.start(root, regions.RegionOptions(num_cpus=2), print)
-    found = Nodes(region)
+    started = regions.start(root, regions.RegionOptions(num_cpus=2), print)
+    found = Region(started)
     try:
-        host(found, "broken", 0)
         yield found
     finally:
+        found.seen.close()
         found.close()
-        regions.end(region, drain_timeout_s=0)
-        assert processes.of_region(region.state.region_id) == []
+        regions.end(started, drain_timeout_s=0)
+        assert processes.of_region(started.state.region_id) == []
 
 
-def host(nodes: Nodes, name: str, worker: int) -> None:
-    """One host of a slice."""
-    nodes.start(
-        {"TPU": 4},
-        TPU_ACCELERATOR_TYPE="v4-16",
-        TPU_NAME=name,
-        TPU_WORKER_ID=str(worker),
-        TPU_TOPOLOGY="2x2x2",
-    )
-
-
-def application(replicas: int) -> dict[str, Any]:
+def application(replicas: int, pythonpath: str) -> dict[str, Any]:
     return {
         "name": MODEL,
         "route_prefix": f"/{MODEL}",
         "import_path": "nearfield.serving:app",
-        "runtime_env": {"env_vars": {"PYTHONPATH": str(ROOT)}},
+        "runtime_env": {"env_vars": {"PYTHONPATH": pythonpath}},
         "args": {
             "model": MODEL,
             "engine": "tests.support.on_slice:OnSlice",
@@ -70,36 +90,23 @@ def application(replicas: int) -> dict[str, Any]:
     }
 
 
-def said(nodes: Nodes) -> str:
-    url = f"{nodes.region.base_url}/{MODEL}/v1/completions"
-    body = {"model": MODEL, "prompt": "which?"}
-    answer = httpx.post(url, json=body, timeout=30, trust_env=False)
-    return str(answer.json()["choices"][0]["text"])
-
-
-def message(nodes: Nodes) -> str:
-    app = nodes.region.api.details()["applications"].get(MODEL, {})
-    told = [d["message"] for d in app.get("deployments", {}).values()]
-    return " ".join([str(app.get("message", "")), *told])
-
-
-def test_a_slice_with_a_missing_host_is_not_used_and_whole_ones_are_not_shared(
-    nodes: Nodes,
+def test_a_slice_with_a_missing_host_is_not_used_and_a_whole_one_is_not_shared(
+    region: Region,
 ) -> None:
-    deploy.apply(nodes.region, [application(1)])
-    until(lambda: "is not whole after 1 s: 4 of 8 chips" in message(nodes), 60, every_s=0.2)
-    assert nodes.replicas(MODEL) == []
-    for name in "ab":
-        for worker in range(2):
-            host(nodes, name, worker)
-    deploy.apply(nodes.region, [application(2)])
-    until(lambda: len(nodes.replicas(MODEL)) == 2, 90, lambda: message(nodes), every_s=0.2)
-    where = {labels["id"]: labels for labels in nodes.alive()}
-    used = [where[node] for node in nodes.replicas(MODEL)]
-    assert {labels["ray.io/tpu-slice-name"] for labels in used} == {"a", "b"}
-    assert {labels["ray.io/tpu-worker-id"] for labels in used} == {"0"}
-    assert {said(nodes) for _ in range(20)} == {"a 2x4", "b 2x4"}
-    # All chips of both are reserved: a third replica finds no slice.
-    deploy.apply(nodes.region, [application(3)])
-    until(lambda: "is not whole" in message(nodes), 60, lambda: message(nodes), every_s=0.2)
-    assert len(nodes.replicas(MODEL)) == 2
+    seen = region.seen
+    region.host("broken", 0)
+    region.deploy(1)
+    until(lambda: "is not whole after 1 s: 4 of 8 chips" in region.message, 60, every_s=0.2)
+    until(lambda: seen.alive() == [], 30, seen.alive, every_s=0.2)  # drained: not tried again
+    for worker in (1, 0):  # the replica waits for the first, and a second for the others
+        region.host("whole", worker)
+    until(lambda: seen.replicas(MODEL), 60, lambda: region.message, every_s=0.2)
+    hosts = {labels["ray.io/tpu-worker-id"]: labels["id"] for labels in seen.alive()}
+    assert seen.replicas(MODEL) == [hosts["0"]]
+    url = f"{region.region.base_url}/{MODEL}/v1/completions"
+    answer = httpx.post(url, json={"model": MODEL, "prompt": "?"}, timeout=30, trust_env=False)
+    assert answer.json()["choices"][0]["text"] == "whole 2x4"
+    assert seen.reserved() == [[hosts["0"], hosts["1"]]]
+    region.deploy(2)
+    until(lambda: seen.waiting(MODEL), 60, lambda: region.message, every_s=0.2)
+    assert seen.replicas(MODEL) == [hosts["0"]]

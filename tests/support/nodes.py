@@ -75,8 +75,14 @@ class Nodes:
         self.region = region
         self._ports = Reservations()
 
-    def add(self, name: str, resources: Mapping[str, float], labels: Mapping[str, str]) -> Node:
-        """Start a node with these resources (`CPU`, `GPU`, `TPU`, ...) and labels."""
+    def add(
+        self,
+        name: str,
+        resources: Mapping[str, float],
+        labels: Mapping[str, str],
+        **environ: str,
+    ) -> Node:
+        """Start a node with these resources (`CPU`, `GPU`, `TPU`, ...), labels and variables."""
         first = self._ports.block(8)
         node = Node(name, secrets.token_hex(28), f"{name}-{secrets.token_hex(4)}", self.region)
         others = {key: value for key, value in resources.items() if key not in GPU_KEYS}
@@ -96,6 +102,7 @@ class Nodes:
         ]
         variables = {
             **environment(self.region),
+            **environ,
             _MARK: node.mark,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": node.id,
             "RAY_OVERRIDE_LABELS": json.dumps(dict(labels)),

@@ -7,6 +7,7 @@ every chip of every host of this slice by name, through Ray's own TPU support (`
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -14,8 +15,11 @@ import ray
 from nearfield.core.cluster import SLICE, WORKER
 from nearfield.core.errors import Unavailable
 from nearfield.core.spec import TpuSlice
+from nearfield.serving.cluster import Cluster
 from nearfield.serving.engines.base import Slice
 from ray.util.tpu import get_tpu_nodes_for_slice, slice_placement_group
+
+log = logging.getLogger("nearfield.replica")
 
 _LOOK_S = 1.0
 
@@ -30,8 +34,13 @@ class Reservation:
             Unavailable: it has not got all its hosts, or somebody has some of their chips.
         """
         deadline_s = time.monotonic() + wanted.wait_s
-        name = _own_slice(wanted)
-        hosts = _hosts(name, wanted, deadline_s)
+        here = ray.get_runtime_context().get_node_id()
+        name = _slice_at(here, wanted)
+        try:
+            hosts = _hosts(name, wanted, deadline_s)
+        except Unavailable as error:
+            _leave(here, str(error))
+            raise
         chips = wanted.chips // len(hosts)
         self._placed = slice_placement_group(
             wanted.topology,
@@ -54,8 +63,7 @@ class Reservation:
         self.slice = Slice(name, tuple(hosts), chips, group.id.hex())
 
 
-def _own_slice(wanted: TpuSlice) -> str:
-    here = ray.get_runtime_context().get_node_id()
+def _slice_at(here: str, wanted: TpuSlice) -> str:
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     name = next(node["Labels"].get(SLICE) for node in nodes if node["NodeID"] == here)
     if not name:
@@ -65,6 +73,15 @@ def _own_slice(wanted: TpuSlice) -> str:
             code="slice_missing",
         )
     return str(name)
+
+
+def _leave(here: str, why: str) -> None:
+    """Have Ray drain this host, or the next replica would be sent here too. Ray ends on it, and
+    whoever keeps the hosts starts it anew: the slice is whole then, or has gone."""
+    try:
+        Cluster.own().drain(here, time.time(), why)
+    except RuntimeError as error:
+        log.warning("the host of a broken TPU slice is not drained: %s", error)
 
 
 def _hosts(name: str, wanted: TpuSlice, deadline_s: float) -> list[str]:
@@ -78,7 +95,8 @@ def _hosts(name: str, wanted: TpuSlice, deadline_s: float) -> list[str]:
             there = ", ".join(str(worker) for worker in sorted(found)) or "none"
             raise Unavailable(
                 f"The TPU slice {name} is not whole after {wanted.wait_s:g} s: {chips:g} of "
-                f"{wanted.chips} chips, at its hosts {there}. It is not used.",
+                f"{wanted.chips} chips, at its hosts {there}. It is not used, and Ray is drained "
+                "from this host.",
                 code="slice_not_whole",
             )
         time.sleep(_LOOK_S)

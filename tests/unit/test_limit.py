@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nearfield.core.errors import Unavailable
-from nearfield.policy.limit import LOOK_EVERY, LOOK_WINDOWS, MOST, Limit, Window, refusal
+from nearfield.policy.limit import (
+    FEWEST_ANSWERS,
+    LOOK_EVERY,
+    LOOK_WINDOWS,
+    MOST,
+    SHARES,
+    Limit,
+    Window,
+    full,
+    refusal,
+)
 
 
 def taught(limit: Limit, times: int, took_s: float, peak: int) -> Limit:
@@ -32,6 +42,23 @@ def test_it_grows_while_used_without_a_queue_and_shrinks_with_one() -> None:
 def test_a_batch_that_takes_longer_is_no_queue() -> None:
     known = taught(Limit(), 5, 0.02, 1)
     assert taught(known, 50, 0.3, 64).value == MOST
+
+
+@pytest.mark.parametrize("criticality", range(len(SHARES)))
+@pytest.mark.parametrize("value", [1.0, 2.1, 3.3, 7.9])
+def test_a_small_limit_grows_again_whoever_fills_it(value: float, criticality: int) -> None:
+    """What it lets in is rounded down: at 2.1 a single request, which is less than half of it."""
+    limit = Limit(value=value, baseline_s=0.1)
+    for _ in range(60):
+        limit = limit.learn(Window(0.1, limit.room(criticality)))
+    assert limit.value > 20
+
+
+def test_a_median_needs_some_answers() -> None:
+    assert not full(FEWEST_ANSWERS - 1, 60.0)
+    assert full(FEWEST_ANSWERS, 1.0)
+    assert not full(FEWEST_ANSWERS, 0.9)
+    assert full(10, 0.5)
 
 
 def test_one_slow_window_is_a_pause_and_two_are_a_queue() -> None:

@@ -59,10 +59,14 @@ MAX_RETRY_AFTER_S = 30.0
 
 WINDOW_ANSWERS = 10
 WINDOW_S = 0.5
+FEWEST_ANSWERS = 5
+"""A median of fewer tells of one long prompt before one's own, and not of a queue."""
 
 
 def full(answers: int, age_s: float) -> bool:
     """Whether a window is long enough to be learnt from."""
+    if answers < FEWEST_ANSWERS:
+        return False
     return age_s >= (WINDOW_S if answers >= WINDOW_ANSWERS else 2 * WINDOW_S)
 
 
@@ -117,14 +121,16 @@ class Limit:
         if took_s > late_s:
             return self._shrunk(late_s / took_s, peak)
         value = self.value
-        if peak >= value / 2:  # below, nothing was learnt about more
+        # Below half of it nothing was learnt about more. A small one lets in fewer than that.
+        used = peak >= min(value / 2, self.room(len(SHARES) - 1))
+        if used:
             value += SMOOTHING * math.sqrt(value)
         return replace(
             self,
             value=min(self.most, value),
             baseline_s=self.baseline_s + FALL * min(0.0, took_s - self.baseline_s),
             _in_a_row=0,
-            _late=self._late if peak >= value / 2 else 0,
+            _late=self._late if used else 0,
         )
 
     def _shrunk(self, gradient: float, peak: int) -> Limit:

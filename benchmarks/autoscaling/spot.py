@@ -323,6 +323,8 @@ def run(cell: Cell) -> dict[str, Any]:
         "total_p50_s": model["total_s"]["p50"],
         "total_p99_s": model["total_s"]["p99"],
         "replicas_taken_back": sum(change["kind"] == "notice" for change in found["history"]),
+        "reasons": found["traffic"][0]["reasons"],
+        "late_by_hour": found["windows"]["latency"][0]["late_fraction"],
         "replicas": [min(replicas), sum(replicas) / len(replicas), max(replicas)],
         "cpu_s": round(time.process_time() - begun_s, 1),
     }

@@ -68,7 +68,7 @@ def _seed(found: Comparison, choice: Row, scenario: Scenario, seed: int) -> dict
     others = [name for name in case.products if name != found.noisy]
     layouts = {"now": found.now, "chosen": choice}
     if found.hoped_for is not None:
-        layouts["policy_only"] = found.hoped_for
+        layouts["in_turn"] = found.hoped_for
     shown: dict[str, Any] = {"seed": seed}
     for name, row in layouts.items():
         fares: dict[str, Fare] = {}
@@ -111,11 +111,11 @@ def _text(found: Comparison, choice: Row, rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        for name in ("now", "chosen", "policy_only"):
+        for name in ("now", "chosen", "in_turn"):
             if (one := row.get(name)) is None:
                 continue
             words = f"{one['layout']}: {one['pools']}"
-            words += " (policy only)" if name == "policy_only" else ""
+            words += " (an engine that serves in turn)" if name == "in_turn" else ""
             lines.append(
                 f"| {row['seed']} | {words} | {100 * one['cost_over_now']:+.1f} % | "
                 f"{_shown(one['others_p99_ms'])} | {100 * one['others_over_2_s_at_peak']:.1f} % | "
@@ -135,7 +135,7 @@ def _text(found: Comparison, choice: Row, rows: list[dict[str, Any]]) -> str:
     for each in found.rows:
         marks = ["now"] if each is found.now else []
         marks += ["chosen"] if each is choice else []
-        marks += ["policy only"] if each.policy_only else []
+        marks += ["an engine that serves in turn"] if each.needs_turns else []
         if each.layout == "limited":
             refused = each.fares[found.noisy].failed_share
             marks.append(f"{100 * refused:.0f} % of {found.noisy} refused")

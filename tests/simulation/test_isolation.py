@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from nearfield.core.errors import BadRequest
 from nearfield.simulator.books import Histogram
-from nearfield.simulator.isolation import Row, compare
+from nearfield.simulator.isolation import FAIR, Row, compare
 from nearfield.simulator.neighbours import SHARED, Case, Fare, Group, Order
 from nearfield.simulator.scenario import Scenario
 
@@ -77,11 +77,10 @@ def test_the_neighbour_is_heard_in_one_pool_less_in_turn_and_not_apart() -> None
     both = ("chat", "reports")
     shared = case.fares(one(both, 3))
     fair = case.fares(one(both, 3, "in turn"))
-    chunks = case.fares(one(both, 3, "in turn by chunk"))
     apart = case.fares(one(("chat",), 1))["chat"]
-    assert shared["chat"].p99_s > fair["chat"].p99_s > chunks["chat"].p99_s
+    assert shared["chat"].p99_s > fair["chat"].p99_s
     assert shared["chat"].peak_over_share > fair["chat"].peak_over_share
-    assert chunks["chat"].over == apart.over == 0
+    assert fair["chat"].over == apart.over == 0
     assert shared["chat"].peak_over_share > shared["chat"].over_share, "the peak is the peak"
 
 
@@ -90,7 +89,6 @@ def test_the_same_requests_come_whatever_the_layout() -> None:
     layouts = [
         case.fares(one(("chat", "reports"), 4)),
         case.fares(one(("chat", "reports"), 4, "in turn")),
-        case.fares(one(("chat", "reports"), 4, "in turn by chunk")),
         case.fares(Group(("chat", "reports"), (("chat", 2), (SHARED, 2)))),
         case.fares(one(("chat",), 2)) | case.fares(one(("reports",), 2)),
     ]
@@ -102,11 +100,10 @@ def test_the_same_requests_come_whatever_the_layout() -> None:
     assert case.fares(one(("chat", "reports"), 4)) is layouts[0], "nothing is simulated twice"
 
 
-@pytest.mark.parametrize("order", ["in turn", "in turn by chunk"])
-def test_one_product_alone_is_served_in_order_of_arrival_either_way(order: Order) -> None:
+def test_one_product_alone_is_served_in_order_of_arrival_either_way() -> None:
     case = Case(scenario(), HERE)
     plain = case.fares(one(("reports",), 1))["reports"]
-    fair = case.fares(one(("reports",), 1, order))["reports"]
+    fair = case.fares(one(("reports",), 1, "in turn"))["reports"]
     assert fair.ended == plain.ended
     for q in (0.5, 0.95, 0.99):
         assert fair.quantile_s(q) == pytest.approx(
@@ -130,7 +127,7 @@ def test_the_comparison_prices_isolation() -> None:
     assert len(set(times)) == len(times)
     for row in found.rows:
         assert row.usd_per_hour == 2 * row.replicas
-        assert row not in frontier or not row.policy_only
+        assert row not in frontier or not row.needs_turns
         if row.dominated_by is not None:
             assert row.dominated_by in frontier
             assert row.dominated_by.usd_per_hour <= row.usd_per_hour
@@ -140,6 +137,18 @@ def test_the_comparison_prices_isolation() -> None:
         if dollars and math.isfinite(before.others.p99_s):
             saved_ms = 1000 * (before.others.p99_s - after.others.p99_s)
             assert after.ms_per_usd == pytest.approx(saved_ms / dollars)
+
+
+def test_an_engine_that_serves_in_turn_needs_no_pools_apart() -> None:
+    case = Case(scenario(replicas=3, duration_s=150), HERE)
+    found = compare(case, goal_s=1.0, in_turn=True)
+    without = compare(case, goal_s=1.0)
+    assert found.choice is not None
+    assert found.choice.layout == FAIR
+    assert found.hoped_for is None
+    assert without.choice is not None
+    assert without.choice.layout != FAIR
+    assert found.choice.usd_per_hour <= without.choice.usd_per_hour
 
 
 def test_the_same_seed_gives_the_same_rows() -> None:

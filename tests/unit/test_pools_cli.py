@@ -54,7 +54,7 @@ def test_a_table_says_what_isolation_costs_and_where_figures_are_from(
         "dedicated",
         "cheapest that keeps the promises",
         "dominated by",
-        "* policy only",
+        "* with an engine that serves products in turn",
         "are simulated",
         "(assumed, the scenario's)",
     ):
@@ -62,7 +62,7 @@ def test_a_table_says_what_isolation_costs_and_where_figures_are_from(
     assert told.err == "", "a progress bar is for terminals"
     drawn = page.read_text()
     assert "<svg" in drawn
-    assert "policy only" in drawn
+    assert "in turn" in drawn
     assert "http" not in drawn, "it needs nothing else"
 
 

@@ -1,8 +1,7 @@
 """Replicas that take products in turn, in the events mode: `policy.fair` in place of first come.
 
-Only the order differs from `engine.Batch`. Prompt by prompt, one that has begun is computed to its
-end, as in `serving.engines.generate`. Chunk by chunk, another product may come in between: for that
-an engine must hold several prompts that are half computed.
+Only the order differs from `engine.Batch`: between two chunks of a long prompt another product may
+come, as in `serving.engines.turns`.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from nearfield.simulator.lane import EventReplica
 from nearfield.simulator.parts import Gateway
 from nearfield.simulator.scenario import Scenario
 
-PIECES = 4
-"""Of a chunk, by chunk: those of several products make up one iteration."""
 Piece = tuple[Request, float]
 """A part of a prompt, or all of it, and its tokens."""
 
@@ -35,23 +32,20 @@ class FairBatch(Batch):
     has the others by age: they are not in the batch, so that they can be overtaken.
     """
 
-    __slots__ = ("_piece_tokens", "_pieces", "_products", "_turns")
+    __slots__ = ("_pieces", "_products", "_turns")
 
     def __init__(
         self,
         timing: Timing,
         max_wait_s: float,
         products: Mapping[str, str],
-        piece_tokens: float = math.inf,
     ) -> None:
         """
         Args:
             products: by the name of their traffic.
-            piece_tokens: after so many tokens of a prompt it may be another one's turn.
         """
         super().__init__(timing, max_wait_s)
         self._products = products
-        self._piece_tokens = piece_tokens
         self._turns: FairQueue[Piece] = FairQueue()
         self._pieces: dict[Request, deque[Piece]] = {}  # those that wait for their turn
 
@@ -59,7 +53,7 @@ class FairBatch(Batch):
         left = max(1.0, float(request.prompt))
         pieces: deque[Piece] = deque()
         while left > 0:
-            piece = (request, min(left, self._piece_tokens))
+            piece = (request, min(left, self.timing.chunk))
             left -= piece[1]
             pieces.append(piece)
             self._turns.push(piece, self._products[request.source.name], piece[1])
@@ -149,21 +143,13 @@ class FairBatch(Batch):
 class FairWorld(EventWorld):
     """A run in which every replica takes products in turn."""
 
-    def __init__(
-        self, scenario: Scenario, folder: Path, *, by_chunk: bool = False, **options: Any
-    ) -> None:
+    def __init__(self, scenario: Scenario, folder: Path, **options: Any) -> None:
         super().__init__(scenario, folder, **options)
         self._products = {t.traffic: t.product or t.traffic for t in scenario.traffic}
-        self._by_chunk = by_chunk
 
     def replica(self, pool: Pool, number: int, name: str) -> Replica:
         replica = super().replica(pool, number, name)
         assert isinstance(replica, EventReplica)
         timing = replica.batch.timing
-        replica.batch = FairBatch(
-            timing,
-            replica.batch.max_wait_s,
-            self._products,
-            timing.chunk / PIECES if self._by_chunk else math.inf,
-        )
+        replica.batch = FairBatch(timing, replica.batch.max_wait_s, self._products)
         return replica

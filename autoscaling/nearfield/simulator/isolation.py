@@ -3,8 +3,7 @@
 One model's products in one region, with the same requests at the same moments, on
 
     shared          one pool, first come, first served
-    fair-queued     one pool, products in turn (`policy.fair`), prompt by prompt
-    fair by chunk   likewise, chunk by chunk of the prompts
+    fair-queued     one pool, products in turn (`policy.fair`), chunk by chunk of their prompts
     dedicated       a pool for each product
     X apart         a pool for X, one for all others
     X first         a pool for X, that may use the others' as well
@@ -31,11 +30,8 @@ MOST_FAILED = 0.02
 MOST_MORE = 0.6
 """Replicas more than now, as a share, up to which layouts are looked at."""
 FAIR = "fair-queued"
-FAIR_CHUNKS = "fair by chunk"
 LIMITED = "limited"
-ONE_POOL = (SHARED, FAIR, FAIR_CHUNKS)
-POLICY_ONLY = (FAIR, FAIR_CHUNKS)
-"""Layouts that no replica of nearfield's can be set to yet: shown, never chosen."""
+ONE_POOL = (SHARED, FAIR)
 Progress = Callable[[float], None]
 
 
@@ -50,6 +46,7 @@ class Row:
             None: it is on the frontier, or would be.
         ms_per_usd: on the frontier, milliseconds of the others' p99 that each further dollar an
             hour saves, from the cheaper one before it.
+        needs_turns: products in turn, which this engine is not said to do: shown, never chosen.
     """
 
     layout: str
@@ -60,20 +57,17 @@ class Row:
     kept: bool
     dominated_by: Row | None = None
     ms_per_usd: float | None = None
+    needs_turns: bool = False
 
     @property
     def replicas(self) -> int:
         return sum(group.replicas for group in self.groups)
 
     @property
-    def policy_only(self) -> bool:
-        return self.layout in POLICY_ONLY
-
-    @property
     def offered(self) -> bool:
-        """Whether it may be chosen: replicas can be set to it, and it serves all products."""
+        """Whether it may be chosen: the engine does it, and it serves all products."""
         worst = max((fare.failed_share for fare in self.fares.values()), default=0.0)
-        return not self.policy_only and worst <= MOST_FAILED
+        return not self.needs_turns and worst <= MOST_FAILED
 
     @property
     def pools(self) -> str:
@@ -114,8 +108,8 @@ class Comparison:
 
     @property
     def hoped_for(self) -> Row | None:
-        """A cheaper one that would, if replicas could be set to it."""
-        found = next((row for row in self.rows if row.policy_only and row.kept), None)
+        """A cheaper one that would, with an engine that serves products in turn."""
+        found = next((row for row in self.rows if row.needs_turns and row.kept), None)
         choice = self.choice
         if found is None or (choice is not None and choice.usd_per_hour <= found.usd_per_hour):
             return None
@@ -133,6 +127,7 @@ def compare(
     goals_s: Mapping[str, float] | None = None,
     now: int | None = None,
     limits: Mapping[str, int] | None = None,
+    in_turn: bool = False,
     thorough: bool = False,
     progress: Progress = lambda share: None,
 ) -> Comparison:
@@ -145,6 +140,7 @@ def compare(
         now: replicas of the shared pool as it is; absent: as the scenario begins.
         limits: tokens a minute that some products may have: compared too, and never chosen where
             it refuses much.
+        in_turn: the engine serves products in turn, so that this may be chosen.
         thorough: look at every size of every layout. Else the search ends one replica beyond the
             first layouts that keep the promises: what the next dollar would buy.
 
@@ -164,7 +160,7 @@ def compare(
     promised = {name: goal_s for name in case.products if name != noisy} | dict(goals_s or {})
     pool = case.pool
     present = now or pool.initial_replicas or pool.min_replicas or case.least(case.products)
-    search = _Search(case, noisy, promised, present, limited, thorough, progress)
+    search = _Search(case, noisy, promised, present, limited, in_turn, thorough, progress)
     rows = list(search.rows())
     base = search.row(SHARED, (Group(case.products, ((SHARED, present),)),))
     if all(row.groups != base.groups for row in rows):
@@ -191,6 +187,7 @@ class _Search:
         goals_s: Mapping[str, float],
         present: int,
         limits: tuple[tuple[str, int], ...],
+        in_turn: bool,
         thorough: bool,
         progress: Progress,
     ) -> None:
@@ -200,6 +197,7 @@ class _Search:
         self.goals_s = goals_s
         self.sizes = range(max(1, present - 1), math.ceil(present * (1 + MOST_MORE)) + 1)
         self._limits = limits
+        self._in_turn = in_turn
         self._thorough = thorough
         self._progress = progress
 
@@ -209,7 +207,6 @@ class _Search:
         kinds: list[tuple[str, Callable[[int], list[tuple[Group, ...]]]]] = [
             (SHARED, lambda n: [(Group(names, ((SHARED, n),)),)]),
             (FAIR, lambda n: [(Group(names, ((SHARED, n),), "in turn"),)]),
-            (FAIR_CHUNKS, lambda n: [(Group(names, ((SHARED, n),), "in turn by chunk"),)]),
             ("dedicated", lambda n: self._split(apart, n)),
         ]
         if self._limits:
@@ -252,7 +249,8 @@ class _Search:
         replicas = sum(group.replicas for group in groups)
         usd = replicas * self.case.pool.usd_per_hour
         others = Fare.all_of([fares[name] for name in self.others])
-        return Row(layout, groups, usd, fares, others, kept)
+        needs_turns = layout == FAIR and not self._in_turn
+        return Row(layout, groups, usd, fares, others, kept, needs_turns=needs_turns)
 
     def _serves(self, row: Row) -> bool:
         limited = dict(self._limits) if row.layout == LIMITED else {}

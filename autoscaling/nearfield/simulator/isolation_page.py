@@ -18,7 +18,8 @@ def page(found: Mapping[str, Any]) -> str:
     """The page of what `nearfield pools plan --json` prints."""
     now, choice = found["now"], found["choice"]
     figures = [f"{what}: {whence}" for what, whence in found["figures"].items()] + [
-        f"{layout}: policy only, no replica can be set to it yet" for layout in found["policy_only"]
+        f"{layout}: with an engine that serves products in turn, as generate does"
+        for layout in found["needs_turns"]
     ]
     if choice is None:
         verdict = "No layout that was looked at keeps the promises."
@@ -50,8 +51,8 @@ def _rows(found: Mapping[str, Any]) -> str:
         words = (
             [] if row["pools"] != found["now"]["pools"] or row["layout"] != "shared" else ["now"]
         )
-        if row["policy_only"]:
-            words.append("policy only")
+        if row["needs_turns"]:
+            words.append("in turn")
         elif not row["offered"]:
             words.append("refuses too many")
         if row["promises_kept"]:

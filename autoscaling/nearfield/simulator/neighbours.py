@@ -33,7 +33,7 @@ OVER_S = 2.0
 SPILL_MS = 250.0
 """How much sooner the others' pool must promise an answer before X leaves its own for it."""
 SHARED = "shared"
-Order = Literal["first come", "in turn", "in turn by chunk"]
+Order = Literal["first come", "in turn"]
 
 
 # ---- what came out -------------------------------------------------------------------------------
@@ -277,8 +277,7 @@ class Case:
             return LimitedWorld(scenario, self.folder, seed=self.seed, limits=limits)
         if group.order == "first come":
             return EventWorld(scenario, self.folder, seed=self.seed)
-        by_chunk = group.order == "in turn by chunk"
-        return FairWorld(scenario, self.folder, seed=self.seed, by_chunk=by_chunk)
+        return FairWorld(scenario, self.folder, seed=self.seed)
 
     def _scenario(self, group: Group) -> s.Scenario:
         """The case with the group's pools and products alone. Faults are left out."""

@@ -77,6 +77,11 @@ def pools(ctx: click.Context) -> None:
     metavar="PRODUCT=TOKENS",
     help="Compare with a limit on its tokens a minute, too: who pays then is refused.",
 )
+@click.option(
+    "--in-turn",
+    is_flag=True,
+    help="The engine serves products in turn, as generate does: fair-queued may be chosen.",
+)
 @click.option("--seed", type=int, help="Instead of the scenario's.")
 @click.option("--all", "thorough", is_flag=True, help="Every size, to 60 % more than now. Slow.")
 @click.option("--report", type=_FILE, metavar="FILE.html", help="Write the page with the plot.")
@@ -84,7 +89,8 @@ def pools(ctx: click.Context) -> None:
 def plan(
     scenario: Path | None, products: tuple[str, ...], model: str | None, precision: str | None,
     noisy: str | None, goals: tuple[str, ...], replicas: int | None, price: str | None,
-    limited: tuple[str, ...], seed: int | None, thorough: bool, report: Path | None, as_json: bool,
+    limited: tuple[str, ...], in_turn: bool, seed: int | None, thorough: bool,
+    report: Path | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Price isolation: what pools of their own would cost products, and gain them.
 
@@ -146,6 +152,7 @@ def plan(
             goals_s=goals_s,
             now=replicas,
             limits=_limits(limited),
+            in_turn=in_turn,
             thorough=thorough,
             progress=progress,
         )
@@ -294,7 +301,7 @@ def plain(comparison: Comparison, source: Source) -> dict[str, Any]:
             "usd_per_hour": f"replicas x {case.pool.usd_per_hour:g} USD an hour: {source.price}",
             "engine and traffic": source.engine,
         },
-        "policy_only": sorted({row.layout for row in comparison.rows if row.policy_only}),
+        "needs_turns": sorted({row.layout for row in comparison.rows if row.needs_turns}),
     }
 
 
@@ -310,7 +317,7 @@ def _row(comparison: Comparison, row: Row) -> dict[str, Any]:
         "others": _fare(row.others),
         "products": {name: _fare(fare) for name, fare in row.fares.items()},
         "promises_kept": row.kept,
-        "policy_only": row.policy_only,
+        "needs_turns": row.needs_turns,
         "offered": row.offered,
         "dominated_by": None if row.dominated_by is None else row.dominated_by.pools,
         "dominated_by_layout": None if row.dominated_by is None else row.dominated_by.layout,
@@ -354,12 +361,12 @@ def _show(comparison: Comparison, source: Source) -> None:
             mark.append(click.style("cheapest that keeps the promises", fg="green"))
         elif row.kept:
             mark.append("keeps the promises")
-        if not row.offered and not row.policy_only:
+        if not row.offered and not row.needs_turns:
             mark.append("refuses too many")
         if row.dominated_by is not None:
             better = row.dominated_by
             mark.append(f"dominated by {better.layout}, {better.pools}")
-        starred = "*" if row.policy_only else ""
+        starred = "*" if row.needs_turns else ""
         rows.append(
             [
                 row.layout + starred,
@@ -395,8 +402,11 @@ def _show(comparison: Comparison, source: Source) -> None:
             f"{hoped_for.layout}* would do with {hoped_for.replicas} replicas ({more:+.0f} %): "
             f"{_time(hoped_for.others.p99_s)}; {noisy} {_time(hoped_for.fares[noisy].p99_s)}."
         )
-    if any(row.policy_only for row in comparison.rows):
-        click.echo("* policy only: no replica can be set to it yet, so it is never the choice.")
+    if any(row.needs_turns for row in comparison.rows):
+        click.echo(
+            "* with an engine that serves products in turn, as generate does: say --in-turn. vllm "
+            "and remote engines take prompts as they come."
+        )
     click.echo(
         click.style(
             f"Times and shares are simulated: {comparison.requests:,} requests in "

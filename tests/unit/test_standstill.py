@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from typing import cast
 
 from nearfield.core.standstill import LATE_S, SETTLE_S, TICK_S, Standstill
 
@@ -38,7 +36,7 @@ class Clock:
 
 def made() -> tuple[Clock, Standstill]:
     clock = Clock()
-    return clock, Standstill(cast(asyncio.AbstractEventLoop, clock))
+    return clock, Standstill(clock)
 
 
 def test_a_loop_that_runs_waits_for_nothing() -> None:

@@ -226,6 +226,10 @@ class Exchange:
         await self.answer(render(error), status=error.status, headers=headers)
 
 
+def _standstill() -> Standstill:
+    return Standstill(asyncio.get_running_loop())
+
+
 @dataclass(frozen=True, slots=True)
 class Frontend:
     """What all routes of a replica share.
@@ -243,7 +247,7 @@ class Frontend:
     ingress_returns_id: bool = False
     access: Access | None = None
     departure: Departure | None = None
-    standstill: Standstill = field(default_factory=Standstill)
+    standstill: Standstill = field(default_factory=_standstill)
 
 
 class Endpoint:

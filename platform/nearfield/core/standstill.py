@@ -7,7 +7,8 @@ given as so many milliseconds begins when a request is read, however long ago it
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
+from typing import Protocol
 
 LATE_S = 1.0
 """A timer that fires so much too late. Busy loops are late, too, but not by so much."""
@@ -16,11 +17,18 @@ SETTLE_S = 0.25
 """How long what was sent meanwhile is read before any of it is begun."""
 
 
-class Standstill:
-    """Of one event loop. To be made in it."""
+class Loop(Protocol):
+    """The part of an event loop that is needed."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
-        self._loop = loop or asyncio.get_running_loop()
+    def time(self) -> float: ...
+    def call_later(self, delay: float, callback: Callable[[], None], /) -> object: ...
+
+
+class Standstill:
+    """Of one event loop."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
         self._ticked_s = self._settled_s = self._loop.time()
         self._loop.call_later(TICK_S, self._tick)
 

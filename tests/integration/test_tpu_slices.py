@@ -57,7 +57,8 @@ class Region(Nodes):
 @pytest.fixture(scope="module")
 def region(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Region]:
     root = tmp_path_factory.mktemp("tpu") / "regions" / "tpu"
-    started = regions.start(root, regions.RegionOptions(num_cpus=2), print)
+    soon = {"RAY_SERVE_SLOW_STARTUP_WARNING_S": "5"}  # a replica without a node is told of
+    started = regions.start(root, regions.RegionOptions(num_cpus=2, environ=soon), print)
     found = Region(started)
     try:
         yield found

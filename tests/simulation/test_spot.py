@@ -87,7 +87,7 @@ def test_zones_that_come_and_go_cost_half_and_lose_nothing(tmp_path: Path) -> No
     assert found["cost"]["usd"] < 0.5 * steady["cost"]["usd"]
     model = found["models"][0]
     assert model["late_fraction"] <= 0.02  # of an hour and a half that knew nothing of the zones
-    assert model["ttft_s"]["p99"] < 0.5
+    assert model["ttft_s"]["p95"] < 1.2 * steady["models"][0]["ttft_s"]["p95"]
     # Every replica with a notice was drained: what it had has ended or was sent again.
     assert sum(change["kind"] == "notice" for change in found["history"]) >= 2
     assert (model["lost"], model["expired"]) == (0, 0)

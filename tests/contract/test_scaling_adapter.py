@@ -243,6 +243,25 @@ def test_what_was_learnt_outlives_the_controller(head: Head) -> None:
     assert told.terms["level"] == pytest.approx(was.terms["level"], rel=0.1)
 
 
+def test_the_pools_of_a_model_meet_a_new_controller_one_by_one(head: Head) -> None:
+    """What was learnt of one that it has not been asked about yet is kept for it."""
+    options = {"model": "assistant"}
+    busy_one = Deployment("busy", usd_per_hour=1.0, **options)
+    idle = Deployment("idle", usd_per_hour=2.0, **options)
+    busy_one.running = busy_one.target = 1
+    for _ in range(100):
+        busy(busy_one, 1, rate=5.0, ongoing=4.0)
+        idle.ask()
+    before = head.told("assistant")
+    head.restart()
+    for each in (busy_one, idle):
+        each.policy = _resolve_policy_callable(each.config.policy)
+    for _ in range(3):
+        idle.ask()
+    busy_one.ask(3.0)
+    assert head.told("assistant").terms["lead_s"] == before.terms["lead_s"]
+
+
 def test_a_notice_makes_room_for_the_next_and_is_a_loss_once() -> None:
     """Serve starts another beside it at once, and stops it when that one serves."""
     watch, made = Watch(), Deployment()

@@ -14,6 +14,7 @@ import logging
 import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from nearfield.api.scaling import KEY, Change, ModelScaling, PoolScaling
@@ -95,6 +96,7 @@ class Fleet:
         self._state = State() if kept is None else State.from_plain(json.loads(kept))
         self._decision: Decision | None = None
         self._decided_s = self._kept_s = self._told_s = -math.inf
+        self._began_s = math.inf
         self._targets: dict[str, tuple[int, float]] = {}  # and since when
         self._changes: deque[Change] = deque(maxlen=CHANGES)
 
@@ -161,7 +163,10 @@ class Fleet:
         seen = (self._signals(m, spec.max_wait_s, now_s) for m in members)
         signals = Signals(now_s, tuple(pool for pool in seen if pool is not None))
         self._decision, self._state = step(signals, state, spec)
-        self._decided_s = now_s
+        self._decided_s, self._began_s = now_s, min(self._began_s, now_s)
+        if now_s - self._began_s < FORGET_S:  # after a new controller's start they join one by one
+            pools = {**state.pools, **self._state.pools}
+            self._state = replace(self._state, pools=pools)
         for change in self._note(now_s):
             self._changes.appendleft(change)
             before = "" if change.before is None else f"{change.before} -> "

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import psutil
 import pytest
 from nearfield.api.load import TARGETS_PATH, parse_targets
-from nearfield.api.scaling import SCALING_PATH, parse_scaling
-from nearfield.cli import deploy
+from nearfield.api.scaling import SCALING_PATH, ModelScaling, parse_scaling
+from nearfield.cli import deploy, processes
 from nearfield.cli.federation import AGENT
 from nearfield.core.serve_config import MODEL_BUILDER
 
@@ -129,6 +130,12 @@ class Region:
         applications = parse_targets(answer.content).applications
         app = next(app for app in applications if app.name == f"{MODEL}-{pool}")
         return [(app.route_prefix, target.host, target.port) for target in app.targets]
+
+    def scaling(self) -> ModelScaling:
+        """The last decision, as the agent tells."""
+        answer = httpx.get(self.nodes.region.base_url + SCALING_PATH).raise_for_status()
+        (found,) = parse_scaling(answer.content)
+        return found
 
     @contextmanager
     def notices(self, node: nodes.Node, cloud: str) -> Iterator[None]:
@@ -239,7 +246,7 @@ def test_absent_pools_are_passed_over_and_preferred_when_they_come(region: Regio
         until(lambda: len(load.answers) > 20, 60)
         region.there["h100"] = region.nodes.add("h100", {"GPU": 2}, H100)
         came_s = time.monotonic()
-        until(lambda: region.running("h100-spot") and not region.running("l4"), 90, region.states)
+        until(lambda: region.running("h100-spot") and not region.running("l4"), 150, region.states)
         back_s = time.monotonic()
         print(f"measured: {back_s - came_s:.1f} s from the node's coming to the L4's end")
         until(lambda: load.pools(back_s) == {"h100-spot"}, 20)
@@ -290,13 +297,25 @@ def test_why_is_told(region: Region) -> None:
         [*command, "--region", "eu-west"], env=environ, capture_output=True, text=True, check=True
     )
     (told,) = json.loads(shown.stdout)["scaling"]
-    agent = httpx.get(region.nodes.region.base_url + SCALING_PATH).raise_for_status()
-    assert parse_scaling(agent.content)[0].model == MODEL
+    assert region.scaling().model == MODEL
     assert told["model"] == MODEL
     assert {pool["pool"] for pool in told["pools"]} == set(POOLS)
     assert all(pool["reason"].startswith(f"{pool['replicas']}: ") for pool in told["pools"])
     assert time.time() - told["decided_s"] < 30
     assert told["changes"][0]["at_s"] <= told["decided_s"]
+
+
+def test_what_was_learnt_survives_the_controller(region: Region) -> None:
+    """Nobody asks for anything any more: a new one could not find out how fast a replica is."""
+    before = region.scaling()
+    assert before.terms["lead_s"] > 0
+    killed_s = time.time()
+    for process in processes.of_region(region.nodes.region.state.region_id):
+        if "ServeController" in " ".join(psutil.Process(process.pid).cmdline()):
+            psutil.Process(process.pid).kill()
+    until(lambda: region.scaling().decided_s > killed_s, 60, region.scaling, every_s=0.2)
+    until(lambda: "lead_s" in region.scaling().terms, 30, region.scaling, every_s=0.2)
+    assert region.scaling().terms["lead_s"] == pytest.approx(before.terms["lead_s"], rel=0.2)
 
 
 class Stream(threading.Thread):

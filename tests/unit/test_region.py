@@ -444,6 +444,7 @@ def test_models_are_listed(tmp_path: Path) -> None:
             "replicas_wanted": 2,
             "state": "running",
             "reason": None,
+            "scaled": False,
         }
     ]
 

@@ -104,6 +104,7 @@ def test_from_new_to_gone(
         "replicas_wanted": 1,
         "state": "running",
         "reason": None,
+        "scaled": False,
     }
 
     upgraded = config.read_text().replace("      limits:", '      version: "2"\n      limits:')

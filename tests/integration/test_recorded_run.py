@@ -34,7 +34,9 @@ PERIOD_S, TOKENS = 0.06, (5, 30)
 PART_S = 18.0
 SLOTS, TARGET, MOST = 4, 1.7, 3
 HOLD_S, BOOT_S = 10.0, 8.0
-WITHIN = 0.15
+WITHIN, REPLICAS_WITHIN = 0.15, 0.25
+"""Replicas: one decision a moment sooner or later is a tenth of so short a run. Real runs of one
+load have differed by 7 to 25 %."""
 DISTURBED = 0.1
 """Median error of the timings from which on it was not the engine that was measured."""
 
@@ -191,4 +193,5 @@ def test_a_scaled_run_is_predicted(region: TestRegion, model: str, tmp_path: Pat
     assert max(running for _, running, _ in watch.seen) > 1  # it was scaled
     for name, (real, said) in pairs.items():
         if not name.startswith("ttft"):  # this engine's first token has no prompt to wait for
-            assert said == pytest.approx(real, rel=WITHIN), name
+            within = REPLICAS_WITHIN if name == "replica-seconds" else WITHIN
+            assert said == pytest.approx(real, rel=within), name

@@ -21,6 +21,7 @@ from tests.chaos.world import POLL_S, Cluster, World
 from tests.support.processes import until
 
 FIND_S = 30.0
+PROXY_S = 90.0
 Way = Literal["to", "from"]
 
 
@@ -72,7 +73,9 @@ def controller(cluster: Cluster) -> list[int]:
 
 
 def proxies(cluster: Cluster) -> list[int]:
-    """Serve's own HAProxy, and the actor that keeps it."""
+    """Serve's own HAProxy, and the actor that keeps it, once they are there: after a kill Serve
+    takes half a minute to start others."""
+    until(lambda: cluster.pids("bin/haproxy"), PROXY_S, lambda: "no HAProxy", every_s=POLL_S)
     return [
         pid
         for pid in cluster.pids("haproxy", "HAProxyManager", "ProxyActor")

@@ -37,6 +37,7 @@ from nearfield.edge.proxy.ports import (
     Leg,
     Outcome,
     Request,
+    Soon,
     Tap,
     Target,
 )
@@ -333,23 +334,18 @@ class Exchange:
         if len(self._tries) > 1:
             self._discard(attempt)
             return
-        if not self._proxy.retries.again(self.request, self._grant, self.outcome.attempts):
-            if not telling:
-                self._discard(attempt)
-                self._reply(_failure("refused"))
-            return
-        found = self._proxy.router.pick(self.request, self._grant, self.outcome.attempts)
+        found: Soon[Leg | Answer] | None = None
+        if self._proxy.retries.again(self.request, self._grant, self.outcome.attempts):
+            found = self._proxy.router.pick(self.request, self._grant, self.outcome.attempts)
+        if isinstance(found, asyncio.Future):
+            found.cancel()  # the answer is here, and would have to be held meanwhile
+            found = None
         if isinstance(found, Leg):
             self._discard(attempt)
             self._launch(found)
-        elif isinstance(found, asyncio.Future):
-            found.cancel()  # the answer is here, and would have to be held meanwhile
-            if not telling:
-                self._discard(attempt)
-                self._reply(_failure("refused"))
         elif not telling:
             self._discard(attempt)
-            self._reply(found)
+            self._reply(_failure("refused") if found is None else found)
 
     def _discard(self, attempt: Try) -> None:
         self._tries.remove(attempt)

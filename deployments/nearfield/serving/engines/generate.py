@@ -296,6 +296,8 @@ class GenerateEngine(ThreadEngine[Group]):
 
     def _compute_prompts(self, events: list[tuple[str, Event]]) -> None:
         """One forward pass over the prompts whose turn it is, if there are any."""
+        if not self._turns:
+            return
         slab = self.decoder.slab
         reserved = [s.group.reserved_tokens for s in self._sequences]
         for begun in self._halves:

@@ -133,3 +133,58 @@ class FairQueue(Generic[Item]):
             for name, flow in self._flows.items()
             if flow.waiting or flow.finish > self._virtual
         }
+
+
+class PieceQueue(Generic[Item]):
+    """Prompts that are computed in pieces, their flows in turn: each piece is a request.
+
+    Within a flow prompts are computed one after another, so at most one of each flow is half
+    computed.
+    """
+
+    __slots__ = ("_left", "_most_tokens", "_queue")
+
+    def __init__(self, most_tokens: float) -> None:
+        """
+        Args:
+            most_tokens: of a piece.
+        """
+        self._most_tokens = most_tokens
+        self._queue: FairQueue[tuple[Item, float]] = FairQueue()
+        self._left: dict[Item, deque[tuple[Item, float]]] = {}
+
+    def __contains__(self, item: Item) -> bool:
+        """Whether a piece of it waits."""
+        return item in self._left
+
+    def __bool__(self) -> bool:
+        return bool(self._left)
+
+    def push(self, item: Item, flow: Hashable, tokens: float) -> None:
+        """One more prompt waits; an empty one takes a turn, too."""
+        left = max(1, tokens)
+        pieces = self._left[item] = deque()
+        while left > 0:
+            piece = (item, min(left, self._most_tokens))
+            left -= piece[1]
+            pieces.append(piece)
+            self._queue.push(piece, flow, piece[1])
+
+    def pop(self, ready: Callable[[Item, float], bool]) -> tuple[Item, float] | None:
+        """Take the piece that is next, and its tokens; None: none that could be computed.
+
+        Args:
+            ready: whether a piece of so many tokens can be computed now.
+        """
+        piece = self._queue.pop(lambda piece: ready(*piece))
+        if piece is not None:
+            pieces = self._left[piece[0]]
+            pieces.popleft()
+            if not pieces:
+                del self._left[piece[0]]
+        return piece
+
+    def remove(self, item: Item) -> None:
+        """It was given up, if any of it waits: its turns are others'."""
+        for piece in self._left.pop(item, ()):
+            self._queue.remove(piece)

@@ -1,28 +1,24 @@
 """Replicas that take products in turn, in the events mode: `policy.fair` in place of first come.
 
 Only the order differs from `engine.Batch`: between two chunks of a long prompt another product may
-come, as in `serving.engines.turns`.
+come, by the queue of `serving.engines.turns`.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nearfield.policy.fair import FairQueue
+from nearfield.policy.fair import PieceQueue
 from nearfield.simulator.engine import Batch, Request, Timing
 from nearfield.simulator.events import EventWorld
 from nearfield.simulator.fleet import Pool, Replica
 from nearfield.simulator.lane import EventReplica
 from nearfield.simulator.parts import Gateway
 from nearfield.simulator.scenario import Scenario
-
-Piece = tuple[Request, float]
-"""A part of a prompt, or all of it, and its tokens."""
 
 
 class FairBatch(Batch):
@@ -32,7 +28,7 @@ class FairBatch(Batch):
     has the others by age: they are not in the batch, so that they can be overtaken.
     """
 
-    __slots__ = ("_pieces", "_products", "_turns")
+    __slots__ = ("_products", "_turns")
 
     def __init__(
         self,
@@ -46,18 +42,10 @@ class FairBatch(Batch):
         """
         super().__init__(timing, max_wait_s)
         self._products = products
-        self._turns: FairQueue[Piece] = FairQueue()
-        self._pieces: dict[Request, deque[Piece]] = {}  # those that wait for their turn
+        self._turns: PieceQueue[Request] = PieceQueue(timing.chunk)
 
     def add(self, request: Request, now_s: float) -> bool:
-        left = max(1.0, float(request.prompt))
-        pieces: deque[Piece] = deque()
-        while left > 0:
-            piece = (request, min(left, self.timing.chunk))
-            left -= piece[1]
-            pieces.append(piece)
-            self._turns.push(piece, self._products[request.source.name], piece[1])
-        self._pieces[request] = pieces
+        self._turns.push(request, self._products[request.source.name], request.prompt)
         self.waiting.append(request)
         return False if self._prompts else self._next(now_s)
 
@@ -79,7 +67,6 @@ class FairBatch(Batch):
             if piece is None:
                 break
             request = piece[0]
-            self._pieces[request].popleft()
             tokens += piece[1]
             if request not in self.prefilling:
                 self.waiting.remove(request)
@@ -96,8 +83,8 @@ class FairBatch(Batch):
         self._reckon()
         return True
 
-    def _ready(self, piece: Piece, room: float) -> bool:
-        return piece[1] <= room and (piece[0] in self.prefilling or self._fits(piece[0]))
+    def _ready(self, request: Request, tokens: float, room: float) -> bool:
+        return tokens <= room and (request in self.prefilling or self._fits(request))
 
     def _begin_prompts(self) -> None:
         """Nothing begins but in turn: `_next`."""
@@ -108,11 +95,9 @@ class FairBatch(Batch):
     def _end_prompts(self, now_s: float, done: list[Request]) -> None:
         """Those of which pieces are left go on later."""
         begun = [self.prefilling.popleft() for _ in range(self._prompts)]
-        whole = [request for request in begun if not self._pieces[request]]
-        self.prefilling.extend(request for request in begun if self._pieces[request])
+        whole = [request for request in begun if request not in self._turns]
+        self.prefilling.extend(request for request in begun if request in self._turns)
         self.prefilling.extendleft(reversed(whole))
-        for request in whole:
-            del self._pieces[request]
         self._prompts = len(whole)
         super()._end_prompts(now_s, done)
 
@@ -120,23 +105,18 @@ class FairBatch(Batch):
         known = len(self.expired)
         super().expire(now_s)
         for request in self.expired[known:]:
-            self._drop(request)
-
-    def _drop(self, request: Request) -> None:
-        for piece in self._pieces.pop(request, ()):
-            self._turns.remove(piece)
+            self._turns.remove(request)
 
     def remove(self, gateway: Gateway, now_s: float) -> list[Request]:
         gone = super().remove(gateway, now_s)
         for request in gone:
-            self._drop(request)
+            self._turns.remove(request)
         if gone and not self._prompts:
             self._next(now_s)
         return gone
 
     def clear(self) -> list[Request]:
-        self._turns = FairQueue()
-        self._pieces = {}
+        self._turns = PieceQueue(self.timing.chunk)
         return super().clear()
 
 

@@ -1,20 +1,15 @@
 """Whose prompt is computed next: flows in turn, a chunk at a time (`policy.fair`).
 
 A long prompt is several pieces, and between them it may be another flow's turn: somebody's
-document does not keep everybody's questions waiting. Within a flow prompts are computed one after
-another, so at most one of each flow is half computed.
+document does not keep everybody's questions waiting.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 
-from nearfield.policy.fair import FairQueue
+from nearfield.policy.fair import PieceQueue
 from nearfield.serving.engines.sequence import Group
-
-Piece = tuple[Group, int]
-"""Tokens of a prompt."""
 
 
 class Turns:
@@ -26,8 +21,7 @@ class Turns:
             chunk_tokens: most tokens of prompts in one forward pass.
         """
         self._chunk_tokens = chunk_tokens
-        self._queue: FairQueue[Piece] = FairQueue()
-        self._pieces: dict[Group, deque[Piece]] = {}  # those not taken yet, of each
+        self._pieces: PieceQueue[Group] = PieceQueue(chunk_tokens)
         self._waiting: dict[Group, None] = {}
 
     def __bool__(self) -> bool:
@@ -39,20 +33,13 @@ class Turns:
         return list(self._waiting)
 
     def add(self, group: Group) -> None:
-        left = max(1, len(group.prompt))
-        pieces = self._pieces[group] = deque()
         self._waiting[group] = None
-        while left:
-            piece = (group, min(left, self._chunk_tokens))
-            left -= piece[1]
-            pieces.append(piece)
-            self._queue.push(piece, group.request.flow, piece[1])
+        self._pieces.push(group, group.request.flow, len(group.prompt))
 
     def remove(self, group: Group) -> None:
         """It is over, or was given up: its turns are others'."""
         self._waiting.pop(group, None)
-        for piece in self._pieces.pop(group, ()):
-            self._queue.remove(piece)
+        self._pieces.remove(group)
 
     def take(self, fits: Callable[[Group], bool]) -> list[Group]:
         """Whose turn it is: one that is computed in chunks, or several that make up a chunk.
@@ -63,9 +50,8 @@ class Turns:
         """
         full = False
 
-        def ready(piece: Piece) -> bool:
+        def ready(group: Group, _: float) -> bool:
             nonlocal full
-            group = piece[0]
             if group not in self._waiting:
                 return True  # it has begun
             full = full or not fits(group)
@@ -75,30 +61,24 @@ class Turns:
         if first is None:
             return []
         groups = [first]
-        if first in self._pieces or len(first.prompt) > self._chunk_tokens:
+        if len(first.prompt) > self._chunk_tokens:
             return groups
         width = len(first.prompt)
 
-        def joins(piece: Piece) -> bool:
-            group = piece[0]
+        def joins(group: Group, tokens: float) -> bool:
             wider = max(width, len(group.prompt))
             if group not in self._waiting or wider * (len(groups) + 1) > self._chunk_tokens:
                 return False
-            return ready(piece)
+            return ready(group, tokens)
 
         while (group := self._take(joins)) is not None:
             width = max(width, len(group.prompt))
             groups.append(group)
         return groups
 
-    def _take(self, ready: Callable[[Piece], bool]) -> Group | None:
-        piece = self._queue.pop(ready)
+    def _take(self, ready: Callable[[Group, float], bool]) -> Group | None:
+        piece = self._pieces.pop(ready)
         if piece is None:
             return None
-        group = piece[0]
-        self._waiting.pop(group, None)
-        pieces = self._pieces[group]
-        pieces.popleft()
-        if not pieces:
-            del self._pieces[group]
-        return group
+        self._waiting.pop(piece[0], None)
+        return piece[0]

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from nearfield.cli import region as regions
 from nearfield.cli.ray_nodes import UNAVAILABLE
 
 from tests.support.processes import until
+from tests.support.scaled import callers
 from tests.support.seen import Seen
 
 ROOT = Path(__file__).parents[2]
@@ -59,32 +58,16 @@ def pools(nodes: Seen) -> list[dict[str, Any]]:
     return apps
 
 
-@contextmanager
-def callers(nodes: Seen, at_once: int) -> Iterator[list[int]]:
-    """So many callers. As a gateway does, each asks the first pool that has a replica, else the
-    first; and again if no answer comes within 10 s. Yields the statuses they got."""
-    ended, statuses = threading.Event(), list[int]()
+def ask(nodes: Seen) -> int | None:
+    """As a gateway does, a caller asks the first pool that has a replica, else the first; and again
+    if no answer comes within 10 s."""
     body = {"model": "assistant", "messages": [{"role": "user", "content": "sleep:0.5 say:x"}]}
-
-    def call() -> None:
-        while not ended.is_set():
-            app = next((name for name in (SPOT, ON_DEMAND) if nodes.replicas(name)), SPOT)
-            url = f"{nodes.region.base_url}/{app}/v1/chat/completions"
-            try:
-                answer = httpx.post(url, json=body, timeout=10, trust_env=False)
-            except httpx.TimeoutException:
-                continue
-            statuses.append(answer.status_code)
-
-    threads = [threading.Thread(target=call) for _ in range(at_once)]
-    for thread in threads:
-        thread.start()
+    app = next((name for name in (SPOT, ON_DEMAND) if nodes.replicas(name)), SPOT)
+    url = f"{nodes.region.base_url}/{app}/v1/chat/completions"
     try:
-        yield statuses
-    finally:
-        ended.set()
-        for thread in threads:
-            thread.join(timeout=20)
+        return httpx.post(url, json=body, timeout=10, trust_env=False).status_code
+    except httpx.TimeoutException:
+        return None
 
 
 def test_the_right_node_type_comes_for_a_replica_and_goes_when_idle(nodes: Seen) -> None:
@@ -110,7 +93,7 @@ def test_on_demand_takes_over_while_there_is_no_spot_and_gives_back(nodes: Seen)
     routes = {f"/{SPOT}", f"/{ON_DEMAND}"}
     until(lambda: routes <= nodes.region.api.routes().keys(), 60, every_s=0.1)
     assert nodes.types() == []  # at zero, and no node was needed to find out
-    with callers(nodes, at_once=2) as statuses:
+    with callers(2, lambda: ask(nodes)) as statuses:
         # The pool waits for a machine that does not come; within seconds the other one is asked.
         until(lambda: nodes.replicas(ON_DEMAND), 30, nodes.types, every_s=0.1)
         until(lambda: statuses, 30)

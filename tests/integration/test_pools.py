@@ -29,6 +29,7 @@ from nearfield.core.serve_config import MODEL_BUILDER
 from tests.support import nodes
 from tests.support.metadata import AWS, Metadata, metadata_server
 from tests.support.processes import GatewayProcess, until
+from tests.support.scaled import autoscaling
 
 ROOT = Path(__file__).parents[2]
 MODEL = "assistant"
@@ -74,27 +75,18 @@ def application(pool: str) -> dict[str, Any]:
             {
                 "name": "replica",
                 "ray_actor_options": needs,
-                "autoscaling_config": {
-                    "min_replicas": 0,
-                    "max_replicas": 2,
-                    "target_ongoing_requests": at_once,
-                    "upscale_delay_s": 0,
-                    "downscale_delay_s": 0,
-                    "metrics_interval_s": 0.5,
-                    "look_back_period_s": 2,
-                    "policy": {
-                        "policy_function": "nearfield.serving.scaling:Scaling",
-                        "policy_kwargs": {
-                            "model": MODEL,
-                            "pool": pool,
-                            "usd_per_hour": usd_per_hour,
-                            "boot_s": 5,
-                            "hold_s": 5,
-                            "idle_s": 600,
-                            **spot,
-                        },
-                    },
-                },
+                "autoscaling_config": autoscaling(
+                    0,
+                    2,
+                    at_once,
+                    model=MODEL,
+                    pool=pool,
+                    usd_per_hour=usd_per_hour,
+                    boot_s=5,
+                    hold_s=5,
+                    idle_s=600,
+                    **spot,
+                ),
             }
         ],
     }

@@ -23,6 +23,7 @@ from nearfield.simulator.scenario import Scenario
 
 from benchmarks.autoscaling.record import Row, record
 from tests.integration.conftest import TestRegion
+from tests.support.scaled import autoscaling
 
 ROOT = Path(__file__).parents[2]
 MODEL = "rec-ticker"
@@ -48,26 +49,12 @@ def model(region: TestRegion) -> Iterator[str]:
         "import_path": "tests.support.programs:Ticker",
         "options": {"period_s": PERIOD_S},
     }
-    policy = {
-        "policy_function": "nearfield.serving.scaling:Scaling",
-        "policy_kwargs": {"boot_s": BOOT_S, "hold_s": HOLD_S},
-    }
-    autoscaling = {
-        "min_replicas": 1,
-        "max_replicas": MOST,
-        "target_ongoing_requests": TARGET,
-        "upscale_delay_s": 0,
-        "downscale_delay_s": 0,
-        "metrics_interval_s": 0.5,
-        "look_back_period_s": 2,
-        "policy": policy,
-    }
     region.deploy_model(
         MODEL,
         engine=engine,
         limits={"max_running": SLOTS, "max_queued": 64},
         pythonpath=ROOT,
-        replica={"autoscaling_config": autoscaling},
+        replica={"autoscaling_config": autoscaling(1, MOST, TARGET, boot_s=BOOT_S, hold_s=HOLD_S)},
     )
     yield region.url(MODEL)
     region.remove(MODEL)

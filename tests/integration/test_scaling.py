@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.integration.conftest import TestRegion
+from tests.support.scaled import autoscaling, callers
 
 ROOT = Path(__file__).parents[2]
 MODEL = "sc-programs"
 AUTOSCALING = {
-    "min_replicas": 0,
     "initial_replicas": 1,
-    "max_replicas": 3,
-    "target_ongoing_requests": 2,
-    "upscale_delay_s": 0,
-    "downscale_delay_s": 0,
-    "metrics_interval_s": 0.5,
-    "look_back_period_s": 2,
-    "policy": {
-        "policy_function": "nearfield.serving.scaling:Scaling",
-        "policy_kwargs": {
-            "boot_s": 10,
-            "hold_s": 10,
-            "idle_s": 8,
-            "usd_per_hour": 2,
-            "max_usd_per_hour": 6,
-        },
-    },
+    **autoscaling(
+        0, 3, at_once=2, boot_s=10, hold_s=10, idle_s=8, usd_per_hour=2, max_usd_per_hour=6
+    ),
 }
 
 
@@ -55,24 +41,9 @@ def ask(url: str, program: str) -> httpx.Response:
     return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=90)
 
 
-@contextmanager
-def load(url: str, at_once: int) -> Iterator[list[int]]:
-    """So many callers, each asking again when it is answered. Yields the statuses they got."""
-    ended, statuses = threading.Event(), list[int]()
-
-    def call() -> None:
-        while not ended.is_set():
-            statuses.append(ask(url, "sleep:0.5 say:x").status_code)
-
-    callers = [threading.Thread(target=call) for _ in range(at_once)]
-    for caller in callers:
-        caller.start()
-    try:
-        yield statuses
-    finally:
-        ended.set()
-        for caller in callers:
-            caller.join(timeout=100)
+def load(url: str, at_once: int) -> AbstractContextManager[list[int]]:
+    """So many callers, each asking again when it is answered; the statuses they got."""
+    return callers(at_once, lambda: ask(url, "sleep:0.5 say:x").status_code)
 
 
 def replicas(region: TestRegion) -> int:
